@@ -1,0 +1,40 @@
+# Two commands on a fresh machine with Python, gcc and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint types suite test-slow clean
+
+help:
+	@echo "make demo [IMAGES=PATH]  install, then shard, pre-train, interrupt, resume and evaluate in minutes"
+	@echo "make test                install, then lint, types and the test suite"
+	@echo "make test-slow           the longer studies"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	@$(BIN)/coldpress demo $(if $(IMAGES),images="$(abspath $(IMAGES))")
+
+test: lint types suite
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+suite: $(INSTALLED)
+	$(BIN)/pytest -q --durations=15
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -q -m slow --durations=15
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What a run tells the outside world: metric catalogue, sinks, Prometheus, Grafana."""

@@ -1,0 +1,1 @@
+"""Commands, training loop and everything they are made of."""
