@@ -1,0 +1,182 @@
+"""What survives a run's process: the train state and the engine's shards, published last and checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.distributed import barrier, from_main, rank
+from pipeline.engine import Engine
+
+STATE_NAME = "state.json"
+MANIFEST_NAME = "MANIFEST.json"
+LATEST_NAME = "latest"
+PREFIX = "step_"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; everything else is a function of this and the configuration."""
+
+    step: int = 0
+    samples: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+    def advance(self, samples: int, sample_cost: float) -> None:
+        """Count one step over `samples` of the global batch."""
+        self.step += 1
+        self.samples += samples
+        self.cost += samples * sample_cost
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and what to keep. A run also saves at its end and when it is asked to stop."""
+
+    every_steps: int = 1000
+    every_minutes: float = 15.0
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or not self.every_minutes > 0:
+            raise ValueError(
+                "checkpoint.every_steps and checkpoint.every_minutes must be above 0, "
+                f"got {self.every_steps} and {self.every_minutes:g}; a large number saves at the end only."
+            )
+        if self.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last must be at least 1, got {self.keep_last}.")
+
+
+class Checkpointer:
+    """Saves and restores a run; every process must make the same calls.
+
+    A checkpoint is written under a temporary name, synced, listed with checksums, renamed, and only then named
+    as the latest: whatever kills the run, what looks like a checkpoint is one. `identity` is what a resumed
+    run must share with the run that saved.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, identity: dict[str, Any]) -> None:
+        self.directory = directory
+        self.config = config
+        self.identity = identity
+        self._last_save = time.monotonic()
+
+    def due(self, state: TrainState) -> bool:
+        """Return whether a save is due. Clocks differ: only the main process's answer counts."""
+        minutes = (time.monotonic() - self._last_save) / 60
+        return state.step % self.config.every_steps == 0 or minutes >= self.config.every_minutes
+
+    def save(self, engine: Engine, state: TrainState) -> Path:
+        """Write one checkpoint and publish it."""
+        final = self.directory / f"{PREFIX}{state.step:08d}"
+        temporary = self.directory / f".tmp-{final.name}"
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier()
+        engine.save(temporary)
+        barrier()
+        if rank() == 0:
+            self._publish(temporary, final, state)
+        barrier()
+        self._last_save = time.monotonic()
+        return final
+
+    def restore(self, engine: Engine) -> TrainState | None:
+        """Load the newest valid checkpoint; None when there is none.
+
+        Raises:
+            ValueError: the checkpoint belongs to a run with other data, batch size, seed or process count.
+        """
+        found = from_main(newest_valid(self.directory) if rank() == 0 else None)
+        if found is None:
+            return None
+        saved = json.loads((found / STATE_NAME).read_text())
+        self._check_identity(found, saved["identity"])
+        engine.load(found)
+        return TrainState(**saved["state"])
+
+    def _publish(self, temporary: Path, final: Path, state: TrainState) -> None:
+        _write(temporary / STATE_NAME, json.dumps({"state": asdict(state), "identity": self.identity}, indent=1))
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        listing = {str(p.relative_to(temporary)): _describe(p) for p in files}
+        _write(temporary / MANIFEST_NAME, json.dumps(listing, indent=1))
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(self.directory)
+        latest = self.directory / LATEST_NAME
+        _write(latest.with_suffix(".tmp"), final.name)
+        os.replace(latest.with_suffix(".tmp"), latest)
+        self._prune()
+
+    def _prune(self) -> None:
+        for old in checkpoints(self.directory)[: -self.config.keep_last]:
+            shutil.rmtree(old)
+
+    def _check_identity(self, found: Path, saved: dict[str, Any]) -> None:
+        for key, value in self.identity.items():
+            if saved.get(key) != value:
+                raise ValueError(
+                    f"{key} must stay what it was when {found} was saved ({saved.get(key)}), got {value}; "
+                    f"set it back, or start anew with another run=NAME."
+                )
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return every published checkpoint below a directory, oldest first, valid or not."""
+    return sorted(directory.glob(f"{PREFIX}*"))
+
+
+def newest_valid(directory: Path) -> Path | None:
+    """Return the newest checkpoint whose every file has its listed size and checksum."""
+    for candidate in reversed(checkpoints(directory)):
+        damage = find_damage(candidate)
+        if damage is None:
+            return candidate
+        log.warning("checkpoint %s is damaged (%s); trying the one before", candidate, damage)
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, None when nothing is."""
+    try:
+        listing = json.loads((checkpoint / MANIFEST_NAME).read_text())
+        for name, expected in listing.items():
+            if _describe(checkpoint / name) != expected:
+                return f"{name} changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or all files below a directory and the directory itself, to the disk."""
+    targets = [*path.rglob("*"), path] if path.is_dir() else [path]
+    for target in targets:
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,15 @@
+"""Self-supervised methods, one file each."""
+
+from typing import Any
+
+from pipeline.methods.base import Method
+from pipeline.methods.moco import MoCo, MoCoConfig
+from pipeline.models.vit import ViT
+
+METHODS: dict[type[Any], type[Any]] = {MoCoConfig: MoCo}
+
+
+def build_method(config: object, encoder: ViT) -> Method:
+    """Return the method that a config describes, around an encoder."""
+    method: Method = METHODS[type(config)](config, encoder)
+    return method

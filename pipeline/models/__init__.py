@@ -1,0 +1,1 @@
+"""Networks: the backbone that takes a compression, heads, the momentum encoder."""

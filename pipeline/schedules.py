@@ -1,0 +1,152 @@
+"""One clock, one plan: everything that changes during a run as a function of the budget spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pipeline.compression import Compression, CompressionSchedule
+from pipeline.freezing import FreezeSchedule, frozen_prefix
+
+# A rate of exactly zero means frozen, so warm-up starts just above it.
+WARMUP_START = 1e-3
+
+
+class Unit(Enum):
+    """What a budget counts."""
+
+    steps = "steps"
+    samples = "samples"
+    cost = "cost"
+
+
+@dataclass
+class BudgetConfig:
+    """How long a run lasts.
+
+    One unit of cost is one forward of the uncompressed reference sequence for one image; a backward counts
+    two (Table 1 of Li et al., 2024).
+    """
+
+    value: float = 0.0
+    unit: Unit = Unit.steps
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise ValueError(
+                f"budget.value must be above 0, got {self.value:g}; say for instance budget.value=1000 budget.unit=steps."
+            )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Maps what a run has spent to its progress in [0, 1]."""
+
+    value: float
+    unit: Unit
+
+    def progress(self, *, steps: int, samples: int, cost: float) -> float:
+        """Return the share of the budget that is spent, at most 1."""
+        return min(1.0, self.spent(steps=steps, samples=samples, cost=cost) / self.value)
+
+    def spent(self, *, steps: int, samples: int, cost: float) -> float:
+        """Return what was spent, in the budget's own unit."""
+        return {Unit.steps: steps, Unit.samples: samples, Unit.cost: cost}[self.unit]
+
+
+class Shape(Enum):
+    """How a learning rate falls to zero after warm-up."""
+
+    cosine = "cosine"
+    # 1 - t^2: the only reading of "polynomial, alpha = 2" that keeps the rate above cosine late in a run,
+    # which is what Section 6.1 of Li et al., 2024 wants it for.
+    polynomial = "polynomial"
+
+
+@dataclass
+class RateConfig:
+    """Learning rate: `base` per 256 samples of the global batch, warmed up, then decayed to zero."""
+
+    base: float = 1.5e-4
+    warmup: float = 0.1
+    shape: Shape = Shape.cosine
+
+    def __post_init__(self) -> None:
+        if not self.base > 0:
+            raise ValueError(f"rate.base must be above 0, got {self.base:g}; MoCo-v3 uses 1.5e-4 per 256 samples.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"rate.warmup must be a share of the budget in [0, 1), got {self.warmup:g}.")
+
+    def peak(self, batch_size: int) -> float:
+        """Return the rate at the end of warm-up by the linear scaling rule."""
+        return self.base * batch_size / 256
+
+    def decay(self, progress: float, end: float = 1.0) -> float:
+        """Return the share of the peak rate at `progress` for a clock that stops at `end`.
+
+        `end` is a share of the run after warm-up; from there on the result is exactly zero.
+        """
+        if progress < self.warmup:
+            return max(progress / self.warmup, WARMUP_START)
+        elapsed = (progress - self.warmup) / (1 - self.warmup) / end
+        if elapsed >= 1:
+            return 0.0
+        if self.shape is Shape.polynomial:
+            return 1 - elapsed**2
+        return 0.5 * (1 + math.cos(math.pi * elapsed))
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything a step needs to know about when it happens. Logging it explains the step."""
+
+    progress: float
+    learning_rate: float
+    weight_decay: float
+    momentum: float
+    # The learning rate of each layer, first layer first; 0.0 is frozen.
+    layer_rates: tuple[float, ...]
+    query: Compression = field(default_factory=Compression)
+    key: Compression = field(default_factory=Compression)
+
+    @property
+    def frozen_layers(self) -> int:
+        """Return how many layers, counted from the input, no longer learn."""
+        return frozen_prefix(self.layer_rates)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All schedules of a run; `at` is pure, so nothing here is ever checkpointed."""
+
+    rate: RateConfig
+    peak_rate: float
+    weight_decay: float
+    compression: CompressionSchedule
+    freeze: FreezeSchedule
+    num_layers: int
+    momentum: Callable[[float], float]
+    key_compression: Callable[[Compression], Compression]
+
+    def at(self, progress: float) -> StepPlan:
+        """Return the plan of the step that starts at `progress` in [0, 1]."""
+        query = self.compression.at(progress)
+        factors = self.freeze.rates(progress, self.num_layers, self.rate.decay)
+        return StepPlan(
+            progress=progress,
+            learning_rate=self.peak_rate * self.rate.decay(progress),
+            weight_decay=self.weight_decay,
+            momentum=self.momentum(progress),
+            layer_rates=tuple(self.peak_rate * factor for factor in factors),
+            query=query,
+            key=self.key_compression(query),
+        )
+
+    def changes(self) -> list[float]:
+        """Return every progress at which the shape of a step changes, in order, without 0 and 1."""
+        warmup = self.rate.warmup
+        times = self.freeze.freeze_times(self.num_layers)
+        freezes = [warmup + (1 - warmup) * t for t in times if t is not None]
+        return sorted(p for p in {*self.compression.changes(), *freezes} if 0 < p < 1)
