@@ -193,8 +193,11 @@ def _fill(into: NDArray[np.int64], extension: str, fields: list[list[str]], path
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: temporary neighbor, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
