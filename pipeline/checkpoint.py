@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.distributed import barrier, from_main, rank
+from pipeline.distributed import barrier, from_main, on_main, rank
 from pipeline.engine import Engine
 
 STATE_NAME = "state.json"
@@ -30,7 +30,6 @@ class TrainState:
     step: int = 0
     samples: int = 0
     cost: float = 0.0
-    seconds: float = 0.0
 
     def advance(self, samples: int, sample_cost: float) -> None:
         """Count one step over `samples` of the global batch."""
@@ -70,14 +69,16 @@ class Checkpointer:
         self.config = config
         self.identity = identity
         self._last_save = time.monotonic()
+        self._saves = 0
 
     def due(self, state: TrainState) -> bool:
         """Return whether a save is due. Clocks differ: only the main process's answer counts."""
         minutes = (time.monotonic() - self._last_save) / 60
         return state.step % self.config.every_steps == 0 or minutes >= self.config.every_minutes
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
-        """Write one checkpoint and publish it."""
+    def save(self, engine: Engine, state: TrainState) -> dict[str, float]:
+        """Write one checkpoint and publish it; return the metrics of having done so."""
+        start = time.monotonic()
         final = self.directory / f"{PREFIX}{state.step:08d}"
         temporary = self.directory / f".tmp-{final.name}"
         if rank() == 0:
@@ -90,7 +91,13 @@ class Checkpointer:
             self._publish(temporary, final, state)
         barrier()
         self._last_save = time.monotonic()
-        return final
+        self._saves += 1
+        return {
+            "checkpoint_seconds": self._last_save - start,
+            "checkpoint_bytes": sum(f.stat().st_size for f in final.iterdir()),
+            "checkpoints_total": self._saves,
+            "last_checkpoint_timestamp_seconds": time.time(),
+        }
 
     def restore(self, engine: Engine) -> TrainState | None:
         """Load the newest valid checkpoint; None when there is none.
@@ -98,7 +105,7 @@ class Checkpointer:
         Raises:
             ValueError: the checkpoint belongs to a run with other data, batch size, seed or process count.
         """
-        found = from_main(newest_valid(self.directory) if rank() == 0 else None)
+        found = from_main(on_main(lambda: newest_valid(self.directory)))
         if found is None:
             return None
         saved = json.loads((found / STATE_NAME).read_text())

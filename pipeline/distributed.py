@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -137,13 +138,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def any_rank(flag: bool) -> bool:
-    """Return whether the flag is set on at least one process. All processes must call this together."""
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Return for each flag whether it is set on at least one process. All processes must call this together."""
     if world_size() == 1:
-        return flag
-    vote = torch.tensor(int(flag))
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote)
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return tuple(bool(vote) for vote in votes)
 
 
 def from_main(value: T) -> T:
@@ -153,6 +154,24 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Run an action on rank 0 alone and return its result there, None elsewhere.
+
+    Raises:
+        ValueError: the action did; every process raises it, so none is left waiting.
+    """
+    result, refusal = None, ""
+    if rank() == 0:
+        try:
+            result = action()
+        except ValueError as error:
+            refusal = str(error)
+    refusal = from_main(refusal)
+    if refusal:
+        raise ValueError(refusal)
+    return result
 
 
 def barrier() -> None:

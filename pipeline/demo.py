@@ -1,0 +1,163 @@
+"""Command: the whole pipeline in minutes, as a user would type it: shard, train, get stopped, resume, evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.drawn import draw_image_folder
+from data.manifest import Manifest
+from pipeline.config import DemoConfig
+from pipeline.plots import training_picture
+from pipeline.preemption import EXIT_STOPPED
+
+RUN = "mocov3"
+MARKER = ".coldpress-demo"
+# The step after which the demo plays the scheduler that wants its node back.
+STOP_AFTER = 250
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the demo keeps its things."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        """Return the run directory."""
+        return self.root / RUN
+
+    @property
+    def metrics(self) -> Path:
+        """Return the run's metrics file."""
+        return self.run / "metrics.jsonl"
+
+
+def run(config: DemoConfig) -> None:
+    """Run every command once and print what it gave."""
+    place = _clean_place(Path(config.output))
+    train, queries = prepare(place, config.images)
+    seconds = pretrain(place, train)
+    labelled = bool(Manifest.load(train).classes)
+    knn = [evaluate(place, queries, c) for c in ("init", "latest")] if labelled else []
+    pictures = draw(place, train)
+    print(table(place, seconds, knn))
+    for picture in pictures:
+        print(f"picture: {picture}")
+
+
+def prepare(place: Place, images: str) -> tuple[Path, Path | None]:
+    """Shard the given images, or drawn ones; return training shards and, if there are any, validation shards."""
+    train, val = place.root / "shards", place.root / "shards-val"
+    if images:
+        coldpress("shard", f"source={images}", f"output={train}", "max_rejected=1000000")
+        return train, None
+    for folder, per_class, seed, shards in (("images", 250, 0, train), ("images-val", 50, 1, val)):
+        log.info("drawing %s", place.root / folder)
+        draw_image_folder(place.root / folder, per_class=per_class, seed=seed)
+        coldpress("shard", f"source={place.root / folder}", f"output={shards}")
+    return train, val
+
+
+def pretrain(place: Place, shards: Path) -> float:
+    """Train, take the node away in the middle, train on; return the seconds that both lives took."""
+    begin = time.monotonic()
+    process = start("train", *arguments(place, shards))
+    while process.poll() is None and steps_done(place) < STOP_AFTER:
+        time.sleep(0.2)
+    log.info("--- stopping the run as Slurm would, with SIGTERM")
+    process.send_signal(signal.SIGTERM)
+    if process.wait() not in (0, EXIT_STOPPED):
+        raise ValueError(f"demo: training failed; see {place.run / 'train.log'}.")
+    log.info("--- and the same command again")
+    coldpress("train", *arguments(place, shards))
+    return time.monotonic() - begin
+
+
+def arguments(place: Place, shards: Path) -> list[str]:
+    """Return the demo's one training command."""
+    return ["experiment=demo", f"run={RUN}", f"runs={place.root}", f"data.shards={shards}"]
+
+
+def evaluate(place: Place, queries: Path | None, checkpoint: str) -> float:
+    """Return the best k-NN accuracy of a checkpoint."""
+    extra = [f"shards={queries}"] if queries else []
+    coldpress("evaluate", f"run={RUN}", f"runs={place.root}", f"checkpoint={checkpoint}", *extra)
+    newest = max((place.run / "eval").glob("knn-*.json"), key=lambda p: p.stat().st_mtime)
+    return float(max(json.loads(newest.read_text())["top1"].values()))
+
+
+def draw(place: Place, shards: Path) -> list[Path]:
+    """Draw the schedule and the training curves."""
+    coldpress("plan", *arguments(place, shards))
+    training = place.run / "plots" / "training.png"
+    training_picture(place.metrics, training)
+    return [place.root / f"{RUN}-plan.png", training]
+
+
+def table(place: Place, seconds: float, knn: list[float]) -> str:
+    """Return the closing table."""
+    rows = [r for r in read_metrics(place) if "loss" in r]
+    last = rows[-1]
+
+    def median(name: str) -> float:
+        return statistics.median(r[name] for r in rows)
+
+    lines = [
+        ("budget spent", f"{last['budget_spent']:,g} of {last['budget_total']:,g} steps"),
+        ("wall-clock", f"{seconds:.0f} s in two lives"),
+        ("images/s (median)", f"{median('samples_per_second'):,.0f}"),
+        ("tokens/s (median)", f"{median('tokens_per_second'):,.0f}"),
+        ("waiting for data (median)", f"{100 * median('data_wait_ratio'):.1f} %"),
+        ("loss, first -> last", f"{rows[0]['loss']:.3f} -> {last['loss']:.3f}"),
+        ("frozen layers at the end", f"{last['frozen_layers']:.0f}"),
+    ]
+    if knn:
+        lines.append(("k-NN top-1, before -> after", f"{100 * knn[0]:.1f} % -> {100 * knn[1]:.1f} %"))
+    return "\n".join(["", *(f"{name:<28} {value}" for name, value in lines), ""])
+
+
+def read_metrics(place: Place) -> list[dict[str, float]]:
+    """Return the rows of the run's metrics file, none if there is none yet."""
+    if not place.metrics.exists():
+        return []
+    return [json.loads(line) for line in place.metrics.read_text().splitlines() if line.endswith("}")]
+
+
+def steps_done(place: Place) -> int:
+    """Return the last logged step."""
+    rows = read_metrics(place)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def start(*words: str) -> subprocess.Popen[bytes]:
+    """Start a coldpress command as a process of its own, shown as a user would type it."""
+    log.info("$ coldpress %s", " ".join(words))
+    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", *words])
+
+
+def coldpress(*words: str) -> None:
+    """Run a coldpress command to its end."""
+    if start(*words).wait():
+        raise ValueError(f"demo: `coldpress {words[0]}` failed; its own message stands above.")
+
+
+def _clean_place(root: Path) -> Place:
+    if root.exists() and any(root.iterdir()):
+        if not (root / MARKER).exists():
+            raise ValueError(f"output: {root} holds something that is not a demo; choose another output=DIR.")
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).touch()
+    return Place(root)

@@ -1,0 +1,131 @@
+"""Command: k-NN accuracy of a run's encoder, uncompressed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.loader import LoaderConfig
+from data.manifest import Manifest
+from pipeline import distributed
+from pipeline.checkpoint import PREFIX, find_damage, newest_valid
+from pipeline.config import EvaluateConfig, TrainConfig, load
+from pipeline.distributed import World
+from pipeline.engine import load_method
+from pipeline.methods import build_method
+from pipeline.models.vit import ViT
+from pipeline.probes.features import extract
+from pipeline.probes.knn import knn_accuracy
+from pipeline.run_directory import read_config
+
+# Without shards of its own an evaluation classifies this share of the training shards by the rest.
+HELD_OUT = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which samples of which shards."""
+
+    data: LoaderConfig
+    ids: np.ndarray
+
+
+def run(config: EvaluateConfig) -> None:
+    """Print the weighted k-NN accuracy for each k and write it to the run's eval/ directory."""
+    directory = Path(config.runs) / config.run
+    training: TrainConfig = load("train", read_config(directory))
+    support, queries = splits(config, training)
+    encoder, name = load_encoder(config, training)
+    world = distributed.start()
+    try:
+        accuracies = evaluate(config, encoder.to(world.device), support, queries, world)
+    finally:
+        distributed.stop()
+    if world.is_main:
+        _report(directory, name, support, queries, accuracies)
+
+
+def evaluate(
+    config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World
+) -> dict[int, float]:
+    """Return top-1 accuracy by k."""
+    known = extract(encoder, support.data, support.ids, world)
+    asked = extract(encoder, queries.data, queries.ids, world)
+    return {k: knn_accuracy(*known, *asked, k) for k in config.k}
+
+
+def splits(config: EvaluateConfig, training: TrainConfig) -> tuple[Split, Split]:
+    """Return support and queries.
+
+    Raises:
+        ValueError: the two sets have different classes.
+    """
+    own = Manifest.load(Path(training.data.shards))
+    order = np.random.default_rng(training.seed).permutation(own.samples)
+    limit = config.support or own.samples
+    if not config.shards:
+        held_out = int(own.samples * HELD_OUT)
+        return Split(training.data, order[held_out:][:limit]), Split(training.data, order[:held_out])
+    other = Manifest.load(Path(config.shards))
+    if other.classes != own.classes:
+        raise ValueError(
+            f"shards: {config.shards} has {len(other.classes)} classes, {training.data.shards} has "
+            f"{len(own.classes)} or others; both must be sharded from the same class names."
+        )
+    return Split(training.data, order[:limit]), Split(
+        replace(training.data, shards=config.shards), np.arange(other.samples)
+    )
+
+
+def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, str]:
+    """Return the encoder of the asked checkpoint and the checkpoint's name.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    torch.manual_seed(training.seed)
+    method = build_method(training.method, ViT(training.model, training.seed))
+    if config.checkpoint == "init":
+        return method.encoder, "init"
+    checkpoint = _find(config, training.directory / "checkpoints")
+    load_method(checkpoint, method)
+    return method.encoder, checkpoint.name
+
+
+def _find(config: EvaluateConfig, directory: Path) -> Path:
+    if config.checkpoint == "latest":
+        found = newest_valid(directory)
+        if found is None:
+            raise ValueError(f"checkpoint: no valid checkpoint in {directory}; train first, or say checkpoint=init.")
+        return found
+    if not config.checkpoint.isdigit():
+        raise ValueError(f"checkpoint must be latest, init or a step number, got {config.checkpoint}.")
+    chosen = directory / f"{PREFIX}{int(config.checkpoint):08d}"
+    damage = find_damage(chosen)
+    if damage:
+        there = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*")))
+        raise ValueError(f"checkpoint: step {config.checkpoint} is not usable ({damage}); steps there: {there or 'none'}.")
+    return chosen
+
+
+def _report(directory: Path, name: str, support: Split, queries: Split, accuracies: dict[int, float]) -> None:
+    log.info("k-NN of %s, checkpoint %s: %d queries, %d support", directory, name, len(queries.ids), len(support.ids))
+    for k, accuracy in accuracies.items():
+        log.info("  k=%-4d top-1 %.2f %%", k, 100 * accuracy)
+    result = {
+        "checkpoint": name,
+        "support": {"shards": support.data.shards, "samples": len(support.ids)},
+        "queries": {"shards": queries.data.shards, "samples": len(queries.ids)},
+        "top1": {str(k): a for k, a in accuracies.items()},
+    }
+    path = directory / "eval" / f"knn-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+    log.info("written: %s", path)

@@ -1,0 +1,101 @@
+"""Counting what a process does, and turning it into the metrics of the catalogue."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from pipeline.checkpoint import TrainState
+from pipeline.engine import Engine, StepResult
+from pipeline.methods.base import Method
+from pipeline.schedules import Budget, StepPlan
+
+
+class Meter:
+    """Totals since the process started, and rates since the last report."""
+
+    def __init__(self, method: Method, budget: Budget, global_batch: int) -> None:
+        self._method, self._budget, self._global_batch = method, budget, global_batch
+        self.totals = dict.fromkeys(
+            ("steps_total", "samples_total", "tokens_total", "cost_total", "data_wait_seconds_total", "skipped_steps_total"),
+            0.0,
+        )
+        self._start = self._reported_at = time.monotonic()
+        self._paused = 0.0
+        self._reported = dict(self.totals)
+        self._start_progress: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Return the seconds since the process began to train, probes and saves included."""
+        return time.monotonic() - self._start
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Return the mean over the process's life."""
+        return self.elapsed / max(1.0, self.totals["samples_total"])
+
+    def count(self, plan: StepPlan, result: StepResult, data_wait: float) -> None:
+        """Count one step; `data_wait` is the loader's cumulative waiting time in seconds."""
+        if self._start_progress is None:
+            self._start_progress = plan.progress
+        self.totals["steps_total"] += 1
+        self.totals["samples_total"] += self._global_batch
+        self.totals["tokens_total"] += self._global_batch * self._method.tokens(plan)
+        self.totals["cost_total"] += self._global_batch * self._method.sample_cost(plan)
+        self.totals["data_wait_seconds_total"] = data_wait
+        self.totals["skipped_steps_total"] += not result.applied
+
+    def pause(self, seconds: float) -> None:
+        """Leave seconds that were not training (a probe, a save) out of the next report's rates."""
+        self._paused += seconds
+
+    def report(self, state: TrainState, plan: StepPlan, engine: Engine, loss: float) -> dict[str, float]:
+        """Return every metric of the training itself; `loss` is the mean over processes."""
+        progress = self._budget.progress(steps=state.step, samples=state.samples, cost=state.cost)
+        return {
+            **self.totals,
+            **self._rates(),
+            **self._plan_metrics(plan),
+            "step": state.step,
+            "progress_ratio": progress,
+            "budget_spent": self._budget.spent(steps=state.step, samples=state.samples, cost=state.cost),
+            "budget_total": self._budget.value,
+            "eta_seconds": self._eta(progress),
+            "loss": loss,
+            "grad_norm": engine.grad_norm(),
+            "last_step_timestamp_seconds": time.time(),
+            "restarts": float(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        }
+
+    def _rates(self) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = max(1e-9, now - self._reported_at - self._paused)
+        since = {name: total - self._reported[name] for name, total in self.totals.items()}
+        self._reported, self._reported_at, self._paused = dict(self.totals), now, 0.0
+        return {
+            "samples_per_second": since["samples_total"] / seconds,
+            "tokens_per_second": since["tokens_total"] / seconds,
+            "cost_per_second": since["cost_total"] / seconds,
+            "step_seconds": seconds / max(1.0, since["steps_total"]),
+            "data_wait_ratio": since["data_wait_seconds_total"] / seconds,
+        }
+
+    def _plan_metrics(self, plan: StepPlan) -> dict[str, float]:
+        vit = self._method.encoder.config
+        size = (vit.image_size, vit.patch_size)
+        patches = plan.query.num_patches(*size)
+        return {
+            "learning_rate": plan.learning_rate,
+            "weight_decay": plan.weight_decay,
+            "momentum_ratio": plan.momentum,
+            "patch_size_pixels": plan.query.patch_size(vit.patch_size),
+            "token_dropout_ratio": 1 - plan.query.keep(patches) / patches,
+            "query_tokens": plan.query.sequence_length(*size),
+            "key_tokens": plan.key.sequence_length(*size),
+            "frozen_layers": plan.frozen_layers,
+        }
+
+    def _eta(self, progress: float) -> float:
+        done = progress - (self._start_progress or 0.0)
+        return self.elapsed * (1 - progress) / done if done > 0 else float("nan")

@@ -1,0 +1,109 @@
+"""Command: what a training run would do and cost, stage by stage. Runs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.manifest import Manifest
+from pipeline.compression import NoCompression
+from pipeline.config import TrainConfig
+from pipeline.freezing import NoFreeze
+from pipeline.methods import Method, build_method
+from pipeline.models.vit import ViT
+from pipeline.plots import schedule_picture
+from pipeline.schedules import Schedules, StepPlan, Unit
+from pipeline.train import build_schedules
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stretch of a run in which every step has the same shape."""
+
+    begin: float
+    end: float
+    plan: StepPlan
+    cost: float
+    nominal_cost: float
+    samples: float
+
+
+def run(config: TrainConfig) -> None:
+    """Print the stages of a run and what its budget buys, and draw its schedules."""
+    method = build_method(config.method, ViT(config.model, config.seed))
+    schedules = build_schedules(config, method)
+    rows = stages(config, schedules, method)
+    epoch = _epoch_size(config)
+    print(_table(rows, method))
+    print(_totals(config, rows, method, epoch))
+    picture = config.directory.with_name(config.directory.name + "-plan.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    schedule_picture(schedules, method, picture)
+    print(f"schedule picture: {picture}")
+
+
+def stages(config: TrainConfig, schedules: Schedules, method: Method) -> list[StageRow]:
+    """Return the run cut where the shape of a step changes, with the samples that each piece lasts."""
+    edges = [0.0, *schedules.changes(), 1.0]
+    rows = []
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+        plan = schedules.at((begin + end) / 2)
+        cost = method.sample_cost(plan)
+        samples = _samples(config, config.budget.value * (end - begin), cost)
+        rows.append(StageRow(begin, end, plan, cost, method.nominal_sample_cost(plan), samples))
+    return rows
+
+
+def uncompressed_cost(config: TrainConfig, schedules: Schedules, method: Method) -> float:
+    """Return the cost of a sample without compression and freezing."""
+    return method.sample_cost(replace(schedules, compression=NoCompression(), freeze=NoFreeze()).at(0.0))
+
+
+def _samples(config: TrainConfig, budget: float, cost: float) -> float:
+    """Return how many samples a piece of the budget buys at a cost each."""
+    if config.budget.unit is Unit.steps:
+        return budget * config.batch_size
+    return budget if config.budget.unit is Unit.samples else budget / cost
+
+
+def _table(rows: list[StageRow], method: Method) -> str:
+    size = (method.encoder.config.image_size, method.encoder.config.patch_size)
+    header = "progress        patch  dropout  tokens q/k  cost/sample  paper's  frozen layers      samples"
+    lines = [header]
+    for row in rows:
+        patches = row.plan.query.num_patches(*size)
+        lines.append(
+            f"{row.begin:6.1%} - {row.end:6.1%}"
+            f"{row.plan.query.patch_size(size[1]):6d}"
+            f"{1 - row.plan.query.keep(patches) / patches:9.3f}"
+            f"{row.plan.query.sequence_length(*size):7d}/{row.plan.key.sequence_length(*size):<4d}"
+            f"{row.cost:12.4f}"
+            f"{row.nominal_cost:9.4f}"
+            f"{row.plan.frozen_layers:9d} of {len(row.plan.layer_rates):<3d}"
+            f"{row.samples:13,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def _totals(config: TrainConfig, rows: list[StageRow], method: Method, epoch: int | None) -> str:
+    samples = sum(row.samples for row in rows)
+    cost = sum(row.samples * row.cost for row in rows)
+    dense = uncompressed_cost(config, build_schedules(config, method), method)
+    total = f"budget: {config.budget.value:,g} {config.budget.unit.value}"
+    return "\n".join(
+        [
+            total,
+            f"as planned:   {_amount(samples, config.batch_size, epoch)}, {cost:,.0f} units of cost",
+            f"uncompressed: {_amount(cost / dense, config.batch_size, epoch)} for the same cost "
+            f"({dense:.4f} a sample), {samples * dense / cost:.2f}x the cost for the same samples",
+        ]
+    )
+
+
+def _amount(samples: float, batch_size: int, epoch: int | None) -> str:
+    epochs = f" = {samples / epoch:,.2f} epochs of {epoch:,}" if epoch else ""
+    return f"{samples:,.0f} samples = {samples / batch_size:,.0f} steps of {batch_size}{epochs}"
+
+
+def _epoch_size(config: TrainConfig) -> int | None:
+    return Manifest.load(Path(config.data.shards)).samples if config.data.shards else None

@@ -1,0 +1,87 @@
+"""What a run leaves on disk beside its checkpoints, and when a directory may be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline.config import TrainConfig, to_yaml
+
+CONFIG_NAME = "config.yaml"
+STATUS_NAME = "status.json"
+PACKAGES = ("torch", "timm", "deepspeed", "nvidia-dali-cuda130", "webdataset", "hydra-core", "prometheus-client")
+
+
+class RunDirectory:
+    """The files of one run; only the main process may construct one."""
+
+    def __init__(self, config: TrainConfig, overrides: list[str]) -> None:
+        """Create or reopen the directory.
+
+        Raises:
+            ValueError: it holds a run that this one may neither resume nor overwrite.
+        """
+        self.path = config.directory
+        self._claim(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG_NAME).write_text(to_yaml(config))
+        (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(o)}\n" for o in overrides))
+        (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1))
+        _log_to(self.path / "train.log")
+
+    def status(self, state: str, step: int) -> None:
+        """Say what the run is doing: running, stopped or finished."""
+        content = json.dumps({"state": state, "step": step, "time": time.time()})
+        temporary = self.path / f".{STATUS_NAME}.tmp"
+        temporary.write_text(content)
+        os.replace(temporary, self.path / STATUS_NAME)
+
+    def _claim(self, config: TrainConfig) -> None:
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if config.overwrite:
+            shutil.rmtree(self.path)
+        elif not (self.path / CONFIG_NAME).exists():
+            raise ValueError(f"run: {self.path} holds something that is not a run; choose another run=NAME.")
+        elif config.resume == "never":
+            raise ValueError(
+                f"run: {self.path} holds an earlier run and resume=never was said; "
+                "say overwrite=true to delete it, resume=auto to go on, or another run=NAME."
+            )
+
+
+def read_config(directory: Path) -> list[str]:
+    """Return the overrides with which a run was started.
+
+    Raises:
+        ValueError: there is no run in the directory.
+    """
+    try:
+        lines = (directory / "overrides.yaml").read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"run: no run in {directory}; give run=NAME and, if it is elsewhere, runs=DIR.") from error
+    return [json.loads(line[2:]) for line in lines]
+
+
+def _environment() -> dict[str, object]:
+    slurm = {k: v for k, v in os.environ.items() if k.startswith("SLURM_")}
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": sys.argv,
+        "slurm": slurm,
+    }
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)

@@ -1,0 +1,195 @@
+"""Command: pre-train. Read this file first; `train` is the whole of a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from data.loader import Loader
+from monitoring.sinks import MetricSink, build_sinks
+from pipeline import distributed
+from pipeline.checkpoint import Checkpointer, TrainState
+from pipeline.config import TrainConfig
+from pipeline.distributed import World
+from pipeline.engine import Engine
+from pipeline.meter import Meter
+from pipeline.methods import Method, build_method
+from pipeline.models.vit import ViT
+from pipeline.preemption import StopRequest
+from pipeline.probes.knn import KNNProbe
+from pipeline.run_directory import RunDirectory
+from pipeline.schedules import Budget, Schedules
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of."""
+
+    method: Method
+    schedules: Schedules
+    budget: Budget
+    loader: Loader
+    engine: Engine
+    checkpointer: Checkpointer
+    probe: KNNProbe
+
+
+def run(config: TrainConfig, overrides: list[str]) -> int:
+    """Train until the budget is spent or somebody asks for the node; return the exit code."""
+    stop = StopRequest()
+    world = distributed.start()
+    try:
+        directory = distributed.on_main(lambda: RunDirectory(config, overrides))
+        return train(config, world, stop, directory)
+    finally:
+        distributed.stop()
+
+
+def train(config: TrainConfig, world: World, stop: StopRequest, directory: RunDirectory | None) -> int:
+    """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
+    parts = build(config, world)
+    state = parts.checkpointer.restore(parts.engine) or TrainState()
+    _announce(config, world, parts, state)
+    sinks = _open_sinks(config, world, state)
+    meter = Meter(parts.method, parts.budget, config.batch_size)
+    finished = _progress(parts.budget, state) >= 1
+
+    for batch in parts.loader.batches(start=state.samples):
+        if finished:
+            break
+        plan = parts.schedules.at(_progress(parts.budget, state))
+        result = parts.engine.step(batch, plan)
+        state.advance(config.batch_size, parts.method.sample_cost(plan))
+        meter.count(plan, result, parts.loader.wait_seconds)
+        finished = _progress(parts.budget, state) >= 1
+
+        if state.step % config.log_every == 0 or finished:
+            loss = float(distributed.mean_over_ranks(result.loss))
+            metrics = meter.report(state, plan, parts.engine, loss)
+            sinks.write(state.step, metrics | {name: float(value) for name, value in result.metrics.items()})
+
+        probing, saving, stopping = distributed.any_rank(
+            world.is_main and parts.probe.due(meter.elapsed, meter.seconds_per_sample),
+            world.is_main and parts.checkpointer.due(state),
+            stop.requested,
+        )
+        if probing:
+            begin = time.monotonic()
+            sinks.write(state.step, {"knn_top1_ratio": parts.probe.run(parts.method.encoder, world)})
+            meter.pause(time.monotonic() - begin)
+        if saving or stopping or finished:
+            begin = time.monotonic()
+            sinks.write(state.step, parts.checkpointer.save(parts.engine, state))
+            meter.pause(time.monotonic() - begin)
+            _say(directory, "finished" if finished else "running", state)
+        if stopping and not finished:
+            break
+
+    sinks.close()
+    parts.loader.close()
+    _say(directory, "finished" if finished else "stopped", state)
+    log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
+    return 0 if finished else stop.exit_code
+
+
+def build(config: TrainConfig, world: World) -> Parts:
+    """Build the parts of a run from its config, the same on every process.
+
+    Raises:
+        ValueError: parts that do not fit together, such as a batch size that the processes cannot share.
+    """
+    torch.manual_seed(config.seed)
+    method = build_method(config.method, ViT(config.model, config.seed))
+    schedules = build_schedules(config, method)
+    loader = Loader(
+        config.data,
+        method.views(),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
+    engine = Engine(
+        method, config.engine, config.optim, local_batch=config.batch_size // world.size, device=world.device
+    )
+    identity = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "model": f"{config.model.name} {config.model.image_size}/{config.model.patch_size}",
+        "data.shards": loader.manifest.fingerprint,
+        "processes": world.size,
+    }
+    return Parts(
+        method=method,
+        schedules=schedules,
+        budget=Budget(config.budget.value, config.budget.unit),
+        loader=loader,
+        engine=engine,
+        checkpointer=Checkpointer(config.directory / "checkpoints", config.checkpoint, identity),
+        probe=KNNProbe(config.probe, config.data, loader.num_samples if loader.classes else 0, config.seed),
+    )
+
+
+def build_schedules(config: TrainConfig, method: Method) -> Schedules:
+    """Return the schedules of a run, every planned shape checked against the model.
+
+    Raises:
+        ValueError: a patch size that does not divide the image.
+    """
+    schedules = Schedules(
+        rate=config.rate,
+        peak_rate=config.rate.peak(config.batch_size),
+        weight_decay=config.optim.weight_decay,
+        compression=config.compression,
+        freeze=config.freeze,
+        num_layers=method.encoder.num_layers,
+        momentum=method.momentum,
+        key_compression=method.key_compression,
+    )
+    for progress in (0.0, *schedules.changes()):
+        method.tokens(schedules.at(progress))
+    return schedules
+
+
+def _open_sinks(config: TrainConfig, world: World, state: TrainState) -> MetricSink:
+    return build_sinks(
+        config.monitor,
+        config.directory,
+        run=config.run,
+        rank=world.rank,
+        local_rank=world.local_rank,
+        world_size=world.size,
+        resume_step=state.step,
+    )
+
+
+def _progress(budget: Budget, state: TrainState) -> float:
+    return budget.progress(steps=state.step, samples=state.samples, cost=state.cost)
+
+
+def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState) -> None:
+    if not world.is_main:
+        return
+    log.info(
+        "run %s: %d process(es) on %s, %d samples in %d classes, batch %d, budget %g %s",
+        config.directory,
+        world.size,
+        world.device,
+        parts.loader.num_samples,
+        len(parts.loader.classes),
+        config.batch_size,
+        config.budget.value,
+        config.budget.unit.value,
+    )
+    log.info("resumed at step %d" if state.step else "starting at step %d", state.step)
+
+
+def _say(directory: RunDirectory | None, status: str, state: TrainState) -> None:
+    if directory is not None:
+        directory.status(status, state.step)

@@ -1,0 +1,87 @@
+"""What several pipeline tests need: small networks, drawn shards, 2-process runs."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.methods.moco import MoCo, MoCoConfig
+from pipeline.models.vit import ViT, ViTConfig
+
+REPOSITORY = Path(__file__).parents[2]
+RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    """A batch that no loader had to make."""
+
+    views: tuple[torch.Tensor, ...]
+    index: torch.Tensor
+    labels: torch.Tensor | None = None
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., FakeBatch]:
+    def make(size: int = 8, start: int = 0, dtype: torch.dtype = torch.float32) -> FakeBatch:
+        generator = torch.Generator().manual_seed(start)
+        views = tuple(torch.randn(size, 3, 32, 32, generator=generator, dtype=dtype) for _ in range(2))
+        return FakeBatch(views, torch.arange(start, start + size))
+
+    return make
+
+
+@pytest.fixture
+def make_moco() -> Callable[..., MoCo]:
+    def make(**changes: object) -> MoCo:
+        torch.manual_seed(0)
+        config = ViTConfig(
+            "vit_tiny_patch16_224", 32, 8, {"embed_dim": 48, "depth": 3, "num_heads": 3}, reference_length=17
+        )
+        return MoCo(MoCoConfig(**({"hidden_dim": 64, "out_dim": 32} | changes)), ViT(config, seed=0))  # type: ignore[arg-type]
+
+    return make
+
+
+def clean_environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in RANK_NAMES and not k.startswith("SLURM_")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run a Python snippet on several gloo processes and return what each printed."""
+
+    def run(code: str, ranks: int, timeout: float = 240) -> list[str]:
+        script = tmp_path / f"script_{ranks}.py"
+        script.write_text(textwrap.dedent(code))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        processes = []
+        for rank in range(ranks):
+            values = (rank, rank, ranks, "127.0.0.1", port)
+            env = clean_environment() | dict(zip(RANK_NAMES, map(str, values), strict=True))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(script)],
+                    env=env,
+                    cwd=REPOSITORY,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        outputs = [p.communicate(timeout=timeout) for p in processes]
+        for process, (out, err) in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, f"{out}\n{err}"
+        return [out for out, _ in outputs]
+
+    return run

@@ -1,0 +1,115 @@
+"""Who imports whom, one door per heavy dependency, small rooms."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCES = sorted(p for room in ("pipeline", "data", "monitoring") for p in (REPOSITORY / room).rglob("*.py"))
+COMMANDS = {"pipeline.train", "pipeline.plan", "pipeline.evaluate", "pipeline.bench", "pipeline.demo"}
+
+# A room may import itself and what stands here; what is not listed is forbidden. Longest name first wins.
+ARROWS: dict[str, set[str]] = {
+    "data": set(),
+    "monitoring": set(),
+    "pipeline.distributed": set(),
+    "pipeline.compression": set(),
+    "pipeline.freezing": set(),
+    "pipeline.optim": set(),
+    "pipeline.preemption": set(),
+    "pipeline.losses": {"pipeline.distributed"},
+    "pipeline.models": {"pipeline.compression", "pipeline.distributed"},
+    "pipeline.schedules": {"pipeline.compression", "pipeline.freezing"},
+    "pipeline.methods": {
+        "pipeline.models",
+        "pipeline.losses",
+        "pipeline.schedules",
+        "pipeline.compression",
+        "pipeline.distributed",
+        "data.views",
+    },
+    "pipeline.engine": {"pipeline.methods", "pipeline.optim", "pipeline.schedules"},
+    "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
+    "pipeline.meter": {"pipeline.checkpoint", "pipeline.engine", "pipeline.methods", "pipeline.schedules"},
+    "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
+    "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
+    "pipeline.config": {"pipeline", "data", "monitoring"},
+    "pipeline.run_directory": {"pipeline.config"},
+    "pipeline.plan": {"pipeline.train"},
+    "pipeline.cli": {"pipeline.config", "data.verify"},
+}
+# Commands stand on everything below them; only the command line and `plan`, which plans a training run, name one.
+COMMAND_ARROWS = {"pipeline", "data", "monitoring"}
+DOORS = {
+    "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
+    "nvidia": {"data/dali.py"},
+    "prometheus_client": {"monitoring/"},
+    "hydra": {"pipeline/config.py"},
+    "omegaconf": {"pipeline/config.py"},
+}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+def room_of(name: str) -> str:
+    rooms = [room for room in ARROWS if within(name, room)]
+    return max(rooms, key=len) if rooms else name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_arrows(path: Path) -> None:
+    name = module_name(path)
+    if name == "pipeline":
+        return
+    room = room_of(name)
+    allowed = ARROWS.get(room, set()) | {room}
+    if name in COMMANDS:
+        allowed |= COMMAND_ARROWS
+    assert room in ARROWS or name in COMMANDS, f"{name} has no arrows in this test"
+    for target in imports(path):
+        if not any(within(target, ours) for ours in ("pipeline", "data", "monitoring")):
+            continue
+        assert any(within(target, a) for a in allowed) or target == "pipeline.config", f"{name} -> {target}"
+        commanded = next((c for c in COMMANDS if within(target, c)), None)
+        assert commanded in (None, name) or commanded in allowed, f"{name} imports the command {commanded}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_doors(path: Path) -> None:
+    relative = str(path.relative_to(REPOSITORY))
+    for target in imports(path):
+        doors = DOORS.get(target.split(".")[0])
+        assert doors is None or any(relative.startswith(d) for d in doors), f"{relative} imports {target}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_rooms_are_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 350, "split this file"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is long"
+
+
+def test_no_drawers() -> None:
+    assert not [p for p in SOURCES if p.stem in ("utils", "helpers", "misc", "common", "core")]
