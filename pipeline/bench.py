@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -72,7 +71,7 @@ def bench_step(config: BenchConfig, world: World) -> list[Measurement]:
     rows = []
     for patch_size, dropout in cells:
         plan = _plan(method, compression(patch_size, dropout), 0)
-        pair = _alternate(config, world, lambda: (engine, baseline), lambda plan=plan: (engine, plan))
+        pair = _alternate(config, world, (engine, baseline), (engine, plan))
         rows.append(_measure(f"patch {patch_size:3d} dropout {dropout:.2f}", method, baseline, plan, pair))
     return rows
 
@@ -85,7 +84,7 @@ def bench_freezing(config: BenchConfig, world: World) -> list[Measurement]:
     rows = []
     for frozen in range(method.encoder.num_layers + 1):
         plan = _plan(method, Compression(), frozen)
-        pair = _alternate(config, world, lambda: (twin, baseline), lambda plan=plan: (engine, plan))
+        pair = _alternate(config, world, (twin, baseline), (engine, plan))
         rows.append(_measure(f"{frozen:2d} frozen layers", method, baseline, plan, pair))
     return rows
 
@@ -112,7 +111,7 @@ def _batch(config: BenchConfig, world: World, views: int) -> NoiseBatch:
     return NoiseBatch(images, torch.arange(local, device=world.device))
 
 
-Case = Callable[[], tuple[Engine, StepPlan]]
+Case = tuple[Engine, StepPlan]
 
 
 def _alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list[float], list[float]]:
@@ -120,7 +119,7 @@ def _alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[lis
     times: tuple[list[float], list[float]] = ([], [])
     for round_ in range(WARMUP + config.rounds):
         for case, kept in zip((a, b), times, strict=True):
-            engine, plan = case()
+            engine, plan = case
             batch = _batch(config, world, len(engine.method.views()))
             begin = time.perf_counter()
             engine.step(batch, plan)

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from data.verify import VerificationError
+
 from pipeline import config as configuration
 
 # command -> the module that runs it, and what it does.
@@ -79,7 +80,13 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
-        ["usage: coldpress <command> [key=value ...]", "", *lines, "", "coldpress <command> --help lists its keys."]
+        [
+            "usage: coldpress <command> [key=value ...]",
+            "",
+            *lines,
+            "",
+            "coldpress <command> --help lists its keys.",
+        ]
     )
 
 

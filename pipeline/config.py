@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from data.loader import LoaderConfig
+from data.verify import VerifyConfig
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -14,9 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from data.loader import LoaderConfig
 from data.shard import ShardConfig
-from data.verify import VerifyConfig
 from monitoring.sinks import MonitorConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import CompressionSchedule, Constant, NoCompression, Staged
@@ -121,7 +121,9 @@ class BenchConfig:
         if self.what not in ("step", "freezing"):
             raise ValueError(f"what must be step or freezing, got {self.what}.")
         if self.rounds < 1 or self.batch_size < 2:
-            raise ValueError(f"rounds and batch_size must be at least 1 and 2, got {self.rounds} and {self.batch_size}.")
+            raise ValueError(
+                f"rounds and batch_size must be at least 1 and 2, got {self.rounds} and {self.batch_size}."
+            )
 
 
 # command -> its root config; `plan` looks at a training run without running it.

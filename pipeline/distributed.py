@@ -114,7 +114,7 @@ class _GatherWithGradient(torch.autograd.Function):
         return gather(tensor)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         # Every process used our rows: their gradients add up.
         grad = grad.contiguous()
         dist.all_reduce(grad)
@@ -125,7 +125,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     """Concatenate every process's [B, ...] in rank order; gradients return to where rows came from."""
     if world_size() == 1:
         return tensor
-    gathered: Tensor = _GatherWithGradient.apply(tensor)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherWithGradient.apply(tensor)
     return gathered
 
 

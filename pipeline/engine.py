@@ -64,7 +64,13 @@ class Engine:
     """Trains a method one plan at a time."""
 
     def __init__(
-        self, method: Method, config: EngineConfig, optim: OptimConfig, *, local_batch: int, device: torch.device
+        self,
+        method: Method,
+        config: EngineConfig,
+        optim: OptimConfig,
+        *,
+        local_batch: int,
+        device: torch.device,
     ) -> None:
         self.method = method.to(device)
         groups = parameter_groups(method.layers(), method.parameters())
@@ -146,7 +152,11 @@ def _deepspeed_config(precision: Precision, local_batch: int, clip: float) -> di
         "gradient_clipping": clip,
         "steps_per_print": 10**9,
         # The default bucket of 5e8 elements would take gigabytes for a ViT.
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 20_000_000, "allgather_bucket_size": 200_000_000},
+        "zero_optimization": {
+            "stage": 1,
+            "reduce_bucket_size": 20_000_000,
+            "allgather_bucket_size": 200_000_000,
+        },
     }
     if precision is Precision.bf16:
         config |= {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from data.loader import LoaderConfig
+
 from data.manifest import Manifest
 from pipeline import distributed
 from pipeline.checkpoint import PREFIX, find_damage, newest_valid
@@ -52,9 +52,7 @@ def run(config: EvaluateConfig) -> None:
         _report(directory, name, support, queries, accuracies)
 
 
-def evaluate(
-    config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World
-) -> dict[int, float]:
+def evaluate(config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World) -> dict[int, float]:
     """Return top-1 accuracy by k."""
     known = extract(encoder, support.data, support.ids, world)
     asked = extract(encoder, queries.data, queries.ids, world)
@@ -111,12 +109,20 @@ def _find(config: EvaluateConfig, directory: Path) -> Path:
     damage = find_damage(chosen)
     if damage:
         there = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*")))
-        raise ValueError(f"checkpoint: step {config.checkpoint} is not usable ({damage}); steps there: {there or 'none'}.")
+        raise ValueError(
+            f"checkpoint: step {config.checkpoint} is not usable ({damage}); steps there: {there or 'none'}."
+        )
     return chosen
 
 
 def _report(directory: Path, name: str, support: Split, queries: Split, accuracies: dict[int, float]) -> None:
-    log.info("k-NN of %s, checkpoint %s: %d queries, %d support", directory, name, len(queries.ids), len(support.ids))
+    log.info(
+        "k-NN of %s, checkpoint %s: %d queries, %d support",
+        directory,
+        name,
+        len(queries.ids),
+        len(support.ids),
+    )
     for k, accuracy in accuracies.items():
         log.info("  k=%-4d top-1 %.2f %%", k, 100 * accuracy)
     result = {

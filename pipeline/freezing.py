@@ -71,9 +71,7 @@ class FreezeOut(FreezeSchedule):
 
     def rates(self, progress: float, num_layers: int, decay: Decay) -> tuple[float, ...]:
         """Return each layer's own decay, times 1 / t_i if scaled."""
-        return tuple(
-            decay(progress, t) * (1 / t if self.scaled else 1.0) for t in self._times(num_layers)
-        )
+        return tuple(decay(progress, t) * (1 / t if self.scaled else 1.0) for t in self._times(num_layers))
 
     def _times(self, num_layers: int) -> list[float]:
         last = max(1, num_layers - 1)

@@ -17,7 +17,14 @@ class Meter:
     def __init__(self, method: Method, budget: Budget, global_batch: int) -> None:
         self._method, self._budget, self._global_batch = method, budget, global_batch
         self.totals = dict.fromkeys(
-            ("steps_total", "samples_total", "tokens_total", "cost_total", "data_wait_seconds_total", "skipped_steps_total"),
+            (
+                "steps_total",
+                "samples_total",
+                "tokens_total",
+                "cost_total",
+                "data_wait_seconds_total",
+                "skipped_steps_total",
+            ),
             0.0,
         )
         self._start = self._reported_at = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from data.manifest import Manifest
@@ -46,7 +47,7 @@ def stages(config: TrainConfig, schedules: Schedules, method: Method) -> list[St
     """Return the run cut where the shape of a step changes, with the samples that each piece lasts."""
     edges = [0.0, *schedules.changes(), 1.0]
     rows = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         plan = schedules.at((begin + end) / 2)
         cost = method.sample_cost(plan)
         samples = _samples(config, config.budget.value * (end - begin), cost)

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pipeline.methods import Method
 from pipeline.schedules import Schedules
@@ -79,7 +80,7 @@ def _curve(axis: Axes, x: Sequence[float], y: Sequence[float], label: str) -> No
     axis.grid(alpha=0.3)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)

@@ -16,7 +16,15 @@ from pipeline.config import TrainConfig, to_yaml
 
 CONFIG_NAME = "config.yaml"
 STATUS_NAME = "status.json"
-PACKAGES = ("torch", "timm", "deepspeed", "nvidia-dali-cuda130", "webdataset", "hydra-core", "prometheus-client")
+PACKAGES = (
+    "torch",
+    "timm",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "webdataset",
+    "hydra-core",
+    "prometheus-client",
+)
 
 
 class RunDirectory:

@@ -36,7 +36,8 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         if not self.value > 0:
             raise ValueError(
-                f"budget.value must be above 0, got {self.value:g}; say for instance budget.value=1000 budget.unit=steps."
+                f"budget.value must be above 0, got {self.value:g}; "
+                "say for instance budget.value=1000 budget.unit=steps."
             )
 
 

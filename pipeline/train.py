@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-
 from data.loader import Loader
+
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
 from pipeline.checkpoint import Checkpointer, TrainState

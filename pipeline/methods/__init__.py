@@ -6,6 +6,8 @@ from pipeline.methods.base import Method
 from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.models.vit import ViT
 
+__all__ = ["METHODS", "Method", "MoCoConfig", "build_method"]
+
 METHODS: dict[type[Any], type[Any]] = {MoCoConfig: MoCo}
 
 

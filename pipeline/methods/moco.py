@@ -141,10 +141,12 @@ class MoCo(Method):
             projected: Tensor = network["projector"](features)
             return projected
 
-        return self._target[0](encode)
+        keys: Tensor = self._target[0](encode)
+        return keys
 
 
 def feature_std(features: Tensor) -> Tensor:
     """Return the mean standard deviation of normalized features times sqrt(D): 1 is spread, 0 is collapse."""
     unit = nn.functional.normalize(at_least_fp32(features.detach()), dim=1)
-    return unit.std(0, correction=0).mean() * features.shape[1] ** 0.5
+    spread: Tensor = unit.std(0, correction=0).mean() * features.shape[1] ** 0.5
+    return spread

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
 from pipeline.distributed import GlobalBatchNorm
@@ -14,7 +16,7 @@ def mlp_head(num_layers: int, in_dim: int, hidden_dim: int, out_dim: int) -> nn.
     """
     widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
     modules: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         modules.append(nn.Linear(fan_in, fan_out, bias=False))
         if i < num_layers:
             modules += [GlobalBatchNorm(fan_out), nn.ReLU()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.models.vit import ViT
 
@@ -27,6 +27,6 @@ def initialize_as_moco_v3(vit: ViT) -> None:
         nn.init.zeros_(vit.patch.bias)
 
 
-def _uniform(weight: nn.Parameter, fans: int) -> None:
+def _uniform(weight: Tensor, fans: int) -> None:
     bound = math.sqrt(6 / fans)
     nn.init.uniform_(weight, -bound, bound)

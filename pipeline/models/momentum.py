@@ -21,7 +21,7 @@ class MomentumEncoder:
 
     def __init__(self, online: nn.Module) -> None:
         self.network = copy.deepcopy(online).requires_grad_(False).train()
-        self._parameters = list(self.network.parameters())
+        self._parameters: list[Tensor] = list(self.network.parameters())
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,7 +18,8 @@ def resize_matrix(base: int, size: int) -> Tensor:
     """
     basis = torch.eye(base * base, dtype=torch.float64).reshape(base * base, 1, base, base)
     resized = F.interpolate(basis, size=(size, size), mode="bilinear", align_corners=False, antialias=False)
-    return torch.linalg.pinv(resized.reshape(base * base, size * size))
+    matrix: Tensor = torch.linalg.pinv(resized.reshape(base * base, size * size))
+    return matrix
 
 
 def resize_kernel(kernel: Tensor, size: int) -> Tensor:
@@ -27,7 +28,7 @@ def resize_kernel(kernel: Tensor, size: int) -> Tensor:
     if size == base:
         return kernel
     matrix = _resize_matrix_on(base, size, kernel.device, kernel.dtype)
-    return (kernel.flatten(2) @ matrix.T).unflatten(2, (size, size))
+    return (kernel.flatten(2) @ matrix.T).reshape(*kernel.shape[:2], size, size)
 
 
 @lru_cache(maxsize=64)

@@ -98,7 +98,11 @@ class ViT(nn.Module):
         patches = take_patches(images, size, chosen).to(kernel.dtype)
         tokens = nn.functional.linear(patches, kernel, self.patch.bias)
         positions = sincos_positions(
-            math.isqrt(count), images.shape[-1] // self.config.patch_size, self.embed_dim, tokens.device, tokens.dtype
+            math.isqrt(count),
+            images.shape[-1] // self.config.patch_size,
+            self.embed_dim,
+            tokens.device,
+            tokens.dtype,
         )
         tokens = tokens + (positions if chosen is None else positions[chosen])
         # The class token has position zero.

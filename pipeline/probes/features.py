@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from data.loader import Loader, LoaderConfig
 from torch import Tensor
 
-from data.loader import Loader, LoaderConfig
 from data.order import FixedOrder
 from data.views import center_view
 from pipeline.compression import Compression

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data.loader import LoaderConfig
 from torch import Tensor
 
-from data.loader import LoaderConfig
 from pipeline.distributed import World
 from pipeline.models.vit import ViT
 from pipeline.probes.features import extract
@@ -28,7 +28,7 @@ def knn_accuracy(support: Tensor, support_labels: Tensor, query: Tensor, query_l
     support = F.normalize(support, dim=1)
     classes = int(support_labels.max()) + 1
     hits = 0
-    for features, labels in zip(query.split(CHUNK), query_labels.split(CHUNK), strict=True):
+    for features, labels in zip(torch.split(query, CHUNK), torch.split(query_labels, CHUNK), strict=True):
         similarity, nearest = (F.normalize(features, dim=1) @ support.T).topk(min(k, len(support)))
         votes = torch.zeros(len(features), classes, device=features.device)
         votes.scatter_add_(1, support_labels[nearest], (similarity / TEMPERATURE).exp())
@@ -51,7 +51,8 @@ class ProbeConfig:
             raise ValueError(f"probe.share must be a share of the time in [0, 1), got {self.share:g}; 0 is off.")
         if min(self.support, self.queries, self.k) < 1:
             raise ValueError(
-                f"probe.support, probe.queries and probe.k must be at least 1, got {self.support}, {self.queries}, {self.k}."
+                "probe.support, probe.queries and probe.k must be at least 1, "
+                f"got {self.support}, {self.queries} and {self.k}."
             )
 
 

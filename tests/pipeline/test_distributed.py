@@ -18,7 +18,8 @@ def test_batch_norm_alone_is_torchs_own() -> None:
         out, want = ours(x + step), torchs(x + step)
         torch.testing.assert_close(out, want)
         torch.testing.assert_close(
-            torch.autograd.grad((out * weights).sum(), x)[0], torch.autograd.grad((want * weights).sum(), x)[0]
+            torch.autograd.grad((out * weights).sum(), x)[0],
+            torch.autograd.grad((want * weights).sum(), x)[0],
         )
     torch.testing.assert_close(ours.running_mean, torchs.running_mean)
     torch.testing.assert_close(ours.running_var, torchs.running_var)

@@ -35,7 +35,7 @@ def test_a_layer_is_frozen_from_its_epoch_on(layer: int, epoch: float) -> None:
 def test_rates_decay_on_each_layers_own_clock() -> None:
     # Hand-computed: progress 0.4 is 1/3 of the post-warm-up part.
     rates = FreezeOut().rates(0.4, 13, WARMUP_10.decay)
-    for layer, t in enumerate(((0.8 + 0.2 * i / 12) ** 3 for i in range(13))):
+    for layer, t in enumerate((0.8 + 0.2 * i / 12) ** 3 for i in range(13)):
         assert rates[layer] == pytest.approx(0.5 * (1 + math.cos(math.pi * (1 / 3) / t)))
 
 

@@ -86,7 +86,10 @@ def test_changes_are_where_steps_change_shape() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [({"base": 0.0}, r"rate\.base must be above 0"), ({"warmup": 1.0}, r"rate\.warmup must be a share .* got 1\.")],
+    [
+        ({"base": 0.0}, r"rate\.base must be above 0"),
+        ({"warmup": 1.0}, r"rate\.warmup must be a share .* got 1\."),
+    ],
 )
 def test_bad_rates_are_refused(arguments: dict[str, float], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

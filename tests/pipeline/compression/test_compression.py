@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compression import Compression, Constant, NoCompression, PatchScaling, Stage, Staged, TokenDropout
+from pipeline.compression import (
+    Compression,
+    Constant,
+    NoCompression,
+    PatchScaling,
+    Stage,
+    Staged,
+    TokenDropout,
+)
 from pipeline.compression.schedule import compression
 
 # Figure 3 of Li et al., 2024: cost of a MoCo-v3 sample at 240 pixels, key uncompressed, by patch size and dropout.
@@ -105,11 +113,20 @@ def test_none_and_constant() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Constant(dropout=1.0), r"compression\.dropout must be in \[0, 1\), got 1\.0; 0 keeps every token\."),
+        (
+            lambda: Constant(dropout=1.0),
+            r"compression\.dropout must be in \[0, 1\), got 1\.0; 0 keeps every token\.",
+        ),
         (lambda: Constant(patch_size=0), r"compression\.patch_size must be a number of pixels, got 0"),
         (lambda: Staged([]), r"compression\.stages must list at least one stage, got \[\]; say"),
-        (lambda: Staged([Stage(0.5), Stage(0.5)]), r"compression\.stages\[1\]\.until must rise .* got 0\.5 after 0\.5"),
-        (lambda: Staged([Stage(1.5)]), r"compression\.stages\[0\]\.until must rise .* within \(0, 1\], got 1\.5"),
+        (
+            lambda: Staged([Stage(0.5), Stage(0.5)]),
+            r"compression\.stages\[1\]\.until must rise .* got 0\.5 after 0\.5",
+        ),
+        (
+            lambda: Staged([Stage(1.5)]),
+            r"compression\.stages\[0\]\.until must rise .* within \(0, 1\], got 1\.5",
+        ),
         (lambda: Staged([Stage(0.5, dropout=-0.1)]), r"compression\.stages\[0\]\.dropout must be in"),
     ],
 )

@@ -15,7 +15,9 @@ from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.schedules import StepPlan
 
 
-def plan(query: Compression | None = None, frozen: int = 0, momentum: float = 0.99, moco: MoCo | None = None) -> StepPlan:
+def plan(
+    query: Compression | None = None, frozen: int = 0, momentum: float = 0.99, moco: MoCo | None = None
+) -> StepPlan:
     query = query or Compression()
     rates = (0.0,) * frozen + (1e-3,) * (4 - frozen)
     key = moco.key_compression(query) if moco else query
@@ -58,14 +60,16 @@ def reference_forward(moco: MoCo, images: torch.Tensor, target: bool) -> torch.T
                 x = module(x)
         return x
 
-    network = moco._target[0].network if target else moco
-    features = network["encoder"](images, Compression(), torch.arange(8)) if target else moco.encoder(images, Compression(), torch.arange(8))  # fmt: skip
-    projected = head(network["projector"] if target else moco.projector, features)
+    network = moco._target[0].network if target else torch.nn.ModuleDict(dict(moco.named_children()))
+    features = network["encoder"](images, Compression(), torch.arange(8))
+    projected = head(network["projector"], features)
     return projected if target else head(moco.predictor, projected)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_method_is_the_reference_in_fp64(make_moco: Callable[..., MoCo], make_batch: Callable[..., object], symmetric: bool) -> None:
+def test_method_is_the_reference_in_fp64(
+    make_moco: Callable[..., MoCo], make_batch: Callable[..., object], symmetric: bool
+) -> None:
     moco = make_moco(symmetric=symmetric).double()
     moco._target[0].to(torch.device("cpu"), torch.float64)
     batch = make_batch(dtype=torch.float64)
@@ -83,11 +87,16 @@ def test_gradients_only_where_they_belong(make_moco: Callable[..., MoCo], make_b
     with_gradient = {name for name, p in moco.named_parameters() if p.grad is not None}
     trainable = {name for name, p in moco.named_parameters() if p.requires_grad}
     assert with_gradient == trainable
-    assert {name for name, _ in moco.named_parameters()} - trainable == {"encoder.patch.weight", "encoder.patch.bias"}
+    assert {name for name, _ in moco.named_parameters()} - trainable == {
+        "encoder.patch.weight",
+        "encoder.patch.bias",
+    }
     assert all(p.grad is None for p in moco._target[0].network.parameters())
 
 
-def test_momentum_moves_after_the_step_and_only_then(make_moco: Callable[..., MoCo], make_batch: Callable[..., object]) -> None:
+def test_momentum_moves_after_the_step_and_only_then(
+    make_moco: Callable[..., MoCo], make_batch: Callable[..., object]
+) -> None:
     moco = make_moco()
     before = copy.deepcopy(moco.state())
     moco(make_batch(), plan())

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import chi2
 
-from pipeline.models.patches import random_subset, resize_kernel, resize_matrix, sincos_positions, take_patches
+from pipeline.models.patches import (
+    random_subset,
+    resize_kernel,
+    resize_matrix,
+    sincos_positions,
+    take_patches,
+)
 
 
 def upscaled(patch: torch.Tensor, size: int) -> torch.Tensor:
