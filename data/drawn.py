@@ -21,9 +21,7 @@ OVERSAMPLING = 2
 QUALITY = 90
 
 
-def draw_image_folder(
-    output: Path, classes: int = 8, per_class: int = 150, size: int = 64, seed: int = 0
-) -> None:
+def draw_image_folder(output: Path, classes: int = 8, per_class: int = 150, size: int = 64, seed: int = 0) -> None:
     """Write ``class/000000.jpg``...: ``per_class`` JPEGs of size x size pixels for each of the first shapes.
 
     The same arguments draw the same pixels. Raises ValueError when there are fewer shapes than classes.
@@ -113,8 +111,8 @@ def _cross(u: Plane, v: Plane) -> Mask:
 
 
 def _bars(u: Plane, v: Plane) -> Mask:
-    inside: Mask = np.maximum(np.abs(u), np.abs(v)) < 0.9
-    return inside & (np.floor((v + 0.9) / 0.36) % 2 == 0)
+    stripe: Mask = np.floor((v + 0.9) / 0.36) % 2 == 0
+    return stripe & (np.maximum(np.abs(u), np.abs(v)) < 0.9)
 
 
 def _crescent(u: Plane, v: Plane) -> Mask:
@@ -122,9 +120,8 @@ def _crescent(u: Plane, v: Plane) -> Mask:
 
 
 def _checkers(u: Plane, v: Plane) -> Mask:
-    tile = np.floor((u + 0.9) / 0.6) + np.floor((v + 0.9) / 0.6)
-    inside: Mask = np.maximum(np.abs(u), np.abs(v)) < 0.9
-    return inside & (tile % 2 == 0)
+    tile: Mask = (np.floor((u + 0.9) / 0.6) + np.floor((v + 0.9) / 0.6)) % 2 == 0
+    return tile & (np.maximum(np.abs(u), np.abs(v)) < 0.9)
 
 
 def _dots(u: Plane, v: Plane) -> Mask:
