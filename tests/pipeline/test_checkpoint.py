@@ -1,0 +1,124 @@
+"""Publication, damage, identity."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import distributed
+from pipeline.checkpoint import CheckpointConfig, Checkpointer, TrainState, checkpoints, find_damage, newest_valid
+from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.methods.moco import MoCo
+from pipeline.optim import OptimConfig
+from pipeline.schedules import StepPlan
+
+IDENTITY = {"seed": 0, "batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> None:
+    distributed.start()
+
+
+def engine_for(method: MoCo) -> Engine:
+    config = EngineConfig(Precision.fp32)
+    return Engine(method, config, OptimConfig(), local_batch=8, device=torch.device("cpu"))
+
+
+def checkpointer(directory: Path, identity: dict[str, object] | None = None, **config: object) -> Checkpointer:
+    return Checkpointer(directory, CheckpointConfig(**config), identity or IDENTITY)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, make_moco: Callable[..., MoCo], make_batch: Callable[..., object]) -> Path:
+    """Three steps, each saved, the last two kept."""
+    engine, keeper = engine_for(make_moco()), checkpointer(tmp_path, keep_last=2)
+    state = TrainState()
+    for step in range(3):
+        engine.step(make_batch(start=8 * step), StepPlan(step / 10, 1e-3, 0.1, 0.9, (1e-3,) * 4))
+        state.advance(8, 1.5)
+        keeper.save(engine, state)
+    return tmp_path
+
+
+def test_restore_gives_back_every_tensor(saved: Path, make_moco: Callable[..., MoCo]) -> None:
+    torch.manual_seed(1)
+    first, second = engine_for(make_moco()), engine_for(make_moco())
+    for engine in (first, second):
+        assert checkpointer(saved).restore(engine) == TrainState(3, 24, 36.0)
+    for ours, theirs in ((first.method.state_dict(), second.method.state_dict()), (first.method.state(), second.method.state())):
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    moments = first._engine.optimizer.optimizer.state
+    assert all(float(s["step"]) == 3 for s in moments.values())
+
+
+def test_only_published_names_and_the_newest_are_kept(saved: Path) -> None:
+    assert [p.name for p in checkpoints(saved)] == ["step_00000002", "step_00000003"]
+    assert (saved / "latest").read_text() == "step_00000003"
+    assert not list(saved.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    saved: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = saved / "step_00000003"
+    victim = newest / ("MANIFEST.json" if damage == "manifest" else "mp_rank_00_model_states.pt")
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    victim.write_bytes(content[: len(content) // 2] if damage in ("cut", "manifest") else content)
+    if damage == "remove":
+        victim.unlink()
+    assert find_damage(newest) is not None
+    assert newest_valid(saved) == saved / "step_00000002"
+    assert "step_00000003 is damaged" in caplog.text
+
+
+def test_half_written_checkpoints_are_not_found(saved: Path, tmp_path: Path) -> None:
+    (saved / "step_00000003").rename(saved / ".tmp-step_00000003")
+    assert newest_valid(saved) == saved / "step_00000002"
+    assert newest_valid(tmp_path / "nowhere") is None
+
+
+def test_another_run_is_refused(saved: Path, make_moco: Callable[..., MoCo]) -> None:
+    engine = engine_for(make_moco())
+    with pytest.raises(ValueError, match=r"batch_size must stay what it was when .* was saved \(8\), got 16; set it back"):
+        checkpointer(saved, {"seed": 0, "batch_size": 16}).restore(engine)
+
+
+def test_a_hostile_pickle_is_not_run(saved: Path, make_moco: Callable[..., MoCo]) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return print, ("this must never be printed",)
+
+    victim = saved / "step_00000003" / "mp_rank_00_model_states.pt"
+    torch.save({"module": Hostile()}, victim)
+    listing = json.loads((victim.parent / "MANIFEST.json").read_text())
+    listing.pop(victim.name)
+    (victim.parent / "MANIFEST.json").write_text(json.dumps(listing))
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        checkpointer(saved).restore(engine_for(make_moco()))
+
+
+def test_due_by_steps_and_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    keeper = checkpointer(tmp_path, every_steps=10, every_minutes=1.0)
+    assert [keeper.due(TrainState(step=s)) for s in (9, 10, 11, 20)] == [False, True, False, True]
+    now[0] += 61
+    assert keeper.due(TrainState(step=11))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"every_steps": 0}, r"checkpoint\.every_steps and checkpoint\.every_minutes must be above 0, got 0 and 15"),
+        ({"keep_last": 0}, r"checkpoint\.keep_last must be at least 1, got 0"),
+    ],
+)
+def test_bad_values_are_refused(arguments: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        CheckpointConfig(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""Every config that ships composes; every refusal is one sentence with a remedy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline import config as configuration
+from pipeline.compression import NoCompression, Stage, Staged
+from pipeline.config import GROUPS, ROOTS, TrainConfig, load
+from pipeline.freezing import Curve, FreezeOut, NoFreeze
+from pipeline.methods.moco import MoCoConfig
+from pipeline.schedules import Unit
+
+GIVEN = ["run=test", "data.shards=shards", "budget.value=10"]
+
+
+def test_defaults_compose_to_plain_dataclasses() -> None:
+    config = load("train", GIVEN)
+    assert type(config) is TrainConfig
+    assert (type(config.method), type(config.compression), type(config.freeze)) == (MoCoConfig, NoCompression, NoFreeze)
+    assert config.budget.unit is Unit.steps
+    assert config.directory == Path("runs/test")
+
+
+def test_groups_and_nested_values() -> None:
+    config = load(
+        "train",
+        [
+            *GIVEN,
+            "compression=staged",
+            "compression.stages=[{until:0.4,patch_size:24,dropout:0.5}]",
+            "freeze=freezeout",
+            "freeze.curve=linear",
+            "budget.unit=cost",
+            "method.symmetric=true",
+        ],
+    )
+    assert config.compression == Staged([Stage(0.4, 24, 0.5)])
+    assert config.freeze == FreezeOut(curve=Curve.linear)
+    assert config.method.symmetric
+    assert config.budget.unit is Unit.cost
+
+
+@pytest.mark.parametrize("name", configuration.experiments())
+def test_every_experiment_composes(name: str) -> None:
+    config = load("train", [f"experiment={name}", "run=test", "data.shards=shards"])
+    assert config.budget.value > 0
+    text = (configuration.CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
+    assert re.search(r"^# Command: coldpress train experiment=" + name, text, re.M), "an experiment names its command"
+
+
+@pytest.mark.parametrize("command", ROOTS)
+def test_every_command_shows_its_config(command: str) -> None:
+    assert configuration.show(command, []).strip()
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options])
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    text = configuration.show("train", [f"{group}={option}"])
+    assert f"{group}:" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["budget.valeu=10"], "budget.valeu is not a key of coldpress train; did you mean budget.value?"),
+        (["zebra=1"], "zebra is not a key of coldpress train; `coldpress train --help` lists the keys."),
+        (["batch_size=many"], "batch_size: Value 'many' of type 'str' could not be converted to Integer; `coldpress train --help` shows its type and default."),
+        (["budget.unit=years"], "budget.unit: Invalid value 'years', expected one of [steps, samples, cost]; `coldpress train --help` shows its type and default."),
+        (["compression=magic"], "compression=magic is not an option; choose from none, constant, staged."),
+        (["experiment=magic"], f"experiment=magic is not an option; choose from {', '.join(configuration.experiments())}."),
+        (["compression.dropout=0.5"], "compression.dropout is not a key of coldpress train"),
+        (["compression=constant", "compression.dropout=2"], "compression.dropout must be in [0, 1), got 2.0; 0 keeps every token."),
+        (["budget.value=0"], "budget.value must be above 0, got 0; say for instance budget.value=1000 budget.unit=steps."),
+        (["batch_size=1"], "batch_size must be at least 2 to have negatives, got 1."),
+        (["resume=maybe"], "resume must be auto or never, got maybe."),
+        (["log_every=0"], "log_every must be at least 1 step, got 0."),
+        (["run=a/b"], "run must be a plain name without slashes, got 'a/b'; use runs=DIR for the place."),
+        (["model.patch_size=17"], "model.patch_size must divide model.image_size=224, got 17"),
+        (["batch_size"], "batch_size is not key=value"),
+        (["run=[1"], "run=[1 cannot be read"),
+        (["probe.share=1"], "probe.share must be a share of the time in [0, 1), got 1; 0 is off."),
+        (["probe.k=0"], "probe.support, probe.queries and probe.k must be at least 1"),
+        (["monitor.port=-1"], "monitor.port must be in [0, 65535], got -1"),
+    ],
+)  # fmt: skip
+def test_refusals(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load("train", [*GIVEN, *overrides])
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "sentence"),
+    [
+        ("train", ["budget.value=10"], "run is required; say run=VALUE."),
+        ("shard", ["output=x"], "source is required; say source=VALUE."),
+        ("evaluate", [], "run is required; say run=VALUE."),
+        ("evaluate", ["run=x", "k=[0]"], "k must list numbers of neighbors of at least 1, got [0]."),
+        ("bench", ["what=all"], "what must be step or freezing, got all."),
+        ("bench", ["rounds=0"], "rounds and batch_size must be at least 1 and 2, got 0 and 64."),
+    ],
+)
+def test_refusals_of_other_commands(command: str, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load(command, overrides)
+    assert sentence in str(refusal.value)
