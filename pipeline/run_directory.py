@@ -30,16 +30,22 @@ PACKAGES = (
 class RunDirectory:
     """The files of one run; only the main process may construct one."""
 
-    def __init__(self, config: TrainConfig, overrides: list[str]) -> None:
-        """Create or reopen the directory.
+    def __init__(self, config: TrainConfig) -> None:
+        """Look at the directory without touching it.
 
         Raises:
             ValueError: it holds a run that this one may neither resume nor overwrite.
         """
         self.path = config.directory
-        self._claim(config)
+        self._config = config
+        self._check()
+
+    def open(self, overrides: list[str]) -> None:
+        """Create or reopen the directory and write down how the run was started."""
+        if self._config.overwrite and self.path.exists():
+            shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG_NAME).write_text(to_yaml(config))
+        (self.path / CONFIG_NAME).write_text(to_yaml(self._config))
         (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(o)}\n" for o in overrides))
         (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1))
         _log_to(self.path / "train.log")
@@ -51,14 +57,12 @@ class RunDirectory:
         temporary.write_text(content)
         os.replace(temporary, self.path / STATUS_NAME)
 
-    def _claim(self, config: TrainConfig) -> None:
+    def _check(self) -> None:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if config.overwrite:
-            shutil.rmtree(self.path)
-        elif not (self.path / CONFIG_NAME).exists():
+        if not (self.path / CONFIG_NAME).exists():
             raise ValueError(f"run: {self.path} holds something that is not a run; choose another run=NAME.")
-        elif config.resume == "never":
+        if self._config.resume == "never" and not self._config.overwrite:
             raise ValueError(
                 f"run: {self.path} holds an earlier run and resume=never was said; "
                 "say overwrite=true to delete it, resume=auto to go on, or another run=NAME."

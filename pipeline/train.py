@@ -44,15 +44,19 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
     stop = StopRequest()
     world = distributed.start()
     try:
-        directory = distributed.on_main(lambda: RunDirectory(config, overrides))
-        return train(config, world, stop, directory)
+        directory = distributed.on_main(lambda: RunDirectory(config))
+        parts = build(config, world)
+        if directory is not None:
+            directory.open(overrides)
+        return train(config, world, stop, parts, directory)
     finally:
         distributed.stop()
 
 
-def train(config: TrainConfig, world: World, stop: StopRequest, directory: RunDirectory | None) -> int:
+def train(
+    config: TrainConfig, world: World, stop: StopRequest, parts: Parts, directory: RunDirectory | None
+) -> int:
     """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
-    parts = build(config, world)
     state = parts.checkpointer.restore(parts.engine) or TrainState()
     _announce(config, world, parts, state)
     sinks = _open_sinks(config, world, state)

@@ -1,0 +1,244 @@
+"""Whole runs of the real command: exact resume, one and two processes, signals, refusals."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 24
+# Compression and freezing both change shape within the run.
+TINY = [
+    "batch_size=16",
+    f"budget.value={STEPS}",
+    "log_every=1",
+    "model.name=vit_tiny_patch16_224",
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.overrides={embed_dim:48,depth:3,num_heads:3}",
+    "model.reference_length=17",
+    "method.hidden_dim=64",
+    "method.out_dim=32",
+    "rate.base=1e-2",
+    "compression=staged",
+    "compression.stages=[{until:0.4,patch_size:16,dropout:0.5},{until:0.7,patch_size:null,dropout:0.25}]",
+    "freeze=freezeout",
+    "freeze.t0=0.3",
+    "freeze.curve=linear",
+    "engine.precision=fp32",
+    "checkpoint.every_steps=5",
+    "checkpoint.keep_last=100",
+    "probe.share=0",
+    "data.threads=1",
+]
+
+Train = Callable[..., "Life"]
+
+
+class Life:
+    """One life of a training job on one or more processes."""
+
+    def __init__(self, runs: Path, name: str, shards: Path, ranks: int, overrides: list[str]) -> None:
+        self.directory = runs / name
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        words = ["train", f"run={name}", f"runs={runs}", f"data.shards={shards}", *TINY, *overrides]
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "pipeline.cli", *words],
+                env=inherited
+                | {"OMP_NUM_THREADS": "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks)}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                cwd=REPOSITORY,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for r in range(ranks)
+        ]
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while self.last_step() < step:
+            assert time.monotonic() < deadline
+            assert all(p.poll() is None for p in self.processes), self.end()
+            time.sleep(0.02)
+
+    def last_step(self) -> int:
+        rows = self.rows()
+        return rows[-1]["step"] if rows else 0
+
+    def rows(self) -> list[dict[str, float]]:
+        path = self.directory / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}") and '"loss"' in line]
+
+    def send(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            process.send_signal(number)
+
+    def end(self) -> tuple[list[int], str]:
+        outputs = ["\n".join(p.communicate(timeout=180)) for p in self.processes]
+        return [p.returncode for p in self.processes], "\n".join(outputs)
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows()]
+
+
+@pytest.fixture
+def train(tmp_path: Path, drawn_shards: Path) -> Iterator[Train]:
+    lives = []
+
+    def start(name: str = "run", ranks: int = 1, *overrides: str) -> Life:
+        lives.append(Life(tmp_path, name, drawn_shards, ranks, list(overrides)))
+        return lives[-1]
+
+    yield start
+    for process in (p for life in lives for p in life.processes):
+        process.kill()
+        process.communicate()
+
+
+def final_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of the last checkpoint: weights, momentum encoder, optimizer shards."""
+    checkpoint = directory / "checkpoints" / f"step_{STEPS:08d}"
+    tensors: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[prefix] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                collect(f"{prefix}/{key}", item)
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                collect(f"{prefix}/{i}", item)
+
+    for path in sorted(checkpoint.glob("*.pt")):
+        collect(path.name, torch.load(path, weights_only=False))
+    assert any("exp_avg" in name for name in tensors)
+    return tensors
+
+
+def assert_same_run(first: Life, second: Life) -> None:
+    a, b = final_tensors(first.directory), final_tensors(second.directory)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+    assert first.losses() == second.losses()
+    assert [r["step"] for r in second.rows()] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, ranks: int) -> None:
+    whole = train("whole", ranks)
+    assert whole.end()[0] == [0] * ranks
+    assert len(whole.losses()) == STEPS
+
+    first = train("parts", ranks)
+    first.wait_for_step(7)
+    first.send(signal.SIGTERM)
+    codes, output = first.end()
+    assert codes == [75] * ranks, output
+    stopped_at = json.loads((first.directory / "status.json").read_text())
+    assert stopped_at["state"] == "stopped"
+    assert 7 <= stopped_at["step"] < STEPS
+
+    second = train("parts", ranks)
+    codes, output = second.end()
+    assert codes == [0] * ranks, output
+    assert f"resumed at step {stopped_at['step']}" in output
+    assert_same_run(whole, second)
+    frozen = [row["frozen_layers"] for row in second.rows()]
+    assert frozen[0] == 0
+    assert frozen[-1] == 3
+    assert len({row["query_tokens"] for row in second.rows()}) == 3
+
+
+def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
+    whole = train("whole")
+    assert whole.end()[0] == [0]
+    killed = train("killed")
+    killed.wait_for_step(random.Random(os.getpid()).randint(1, STEPS - 4))
+    killed.send(signal.SIGKILL)
+    assert killed.end()[0] == [-signal.SIGKILL]
+    again = train("killed")
+    codes, output = again.end()
+    assert codes == [0], output
+    assert_same_run(whole, again)
+
+
+def test_two_processes_and_one_take_the_same_steps(train: Train) -> None:
+    one, two = train("one", 1), train("two", 2)
+    assert one.end()[0] == [0]
+    assert two.end()[0] == [0, 0]
+    assert len(one.losses()) == STEPS >= 20
+    assert one.losses() == pytest.approx(two.losses(), abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_every_signal_saves(train: Train, number: signal.Signals) -> None:
+    life = train()
+    life.wait_for_step(2)
+    life.send(number)
+    codes, output = life.end()
+    assert codes == [130 if number == signal.SIGINT else 75], output
+    assert "stopped, saved" in output
+    step = json.loads((life.directory / "status.json").read_text())["step"]
+    assert (life.directory / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json").exists()
+
+
+def test_a_finished_run_does_nothing_more_and_leaves_its_papers(train: Train) -> None:
+    first = train()
+    assert first.end()[0] == [0]
+    listed = {p.name for p in first.directory.iterdir()}
+    assert {"config.yaml", "overrides.yaml", "environment.json", "train.log", "metrics.jsonl", "status.json"} <= listed
+    assert json.loads((first.directory / "status.json").read_text())["state"] == "finished"
+    assert not list((first.directory / "targets").glob("*.json"))
+    before = first.losses()
+    again = train()
+    codes, output = again.end()
+    assert codes == [0], output
+    assert "finished at step 24" in output
+    assert again.losses() == before
+
+
+def refuse(life: Life) -> str:
+    """Return the one line that a refused command says."""
+    codes, output = life.end()
+    assert set(codes) == {2}, output
+    assert "Traceback" not in output
+    return " ".join(line for line in output.splitlines() if line.startswith("coldpress: "))
+
+
+def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
+    life = train()
+    life.wait_for_step(6)
+    life.send(signal.SIGTERM)
+    life.end()
+    assert "resume=never was said; say overwrite=true" in refuse(train("run", 1, "resume=never"))
+    assert "batch_size must stay what it was" in refuse(train("run", 1, "batch_size=8"))
+    assert "processes must stay what it was" in refuse(train("run", 2))
+    fresh = train("run", 1, "overwrite=true", "budget.value=2")
+    assert fresh.end()[0] == [0]
+    assert len(fresh.losses()) == 2
+
+
+def test_refusals_before_anything_is_written(train: Train, tmp_path: Path) -> None:
+    assert "batch_size" in refuse(train("odd", 2, "batch_size=15"))
+    assert "nowhere" in refuse(train("lost", 1, f"data.shards={tmp_path}/nowhere"))
+    assert "patch_size must divide" in refuse(train("patch", 1, "compression.stages=[{until:1.0,patch_size:5}]"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    assert "holds something that is not a run" in refuse(train("other"))
+    assert (tmp_path / "other" / "thesis.tex").exists()
