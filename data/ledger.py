@@ -35,7 +35,11 @@ class Ledger:
             self._refuse_strangers()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY)
-            self._take()
+            try:
+                self._take()
+            except BaseException:
+                os.close(self._lock)
+                raise
         except OSError as error:
             raise ValueError(
                 f"shard.output: cannot write to {self.output} ({error.strerror}); choose another folder."

@@ -75,9 +75,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Publish the manifest in one step, so that no reader ever sees half of it."""
-        write_atomically(
-            Path(directory) / MANIFEST_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode("utf-8")
-        )
+        write_atomically(Path(directory) / MANIFEST_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode("utf-8"))
 
     @property
     def fingerprint(self) -> str:
@@ -150,9 +148,7 @@ def _check_tar_size(tar: Path, shard: Shard) -> None:
     except FileNotFoundError:
         raise ValueError(f"{tar}: missing, but {MANIFEST_NAME} names it; shard the source again.") from None
     if size != shard.bytes:
-        raise ValueError(
-            f"{tar}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; copy it again or shard again."
-        )
+        raise ValueError(f"{tar}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; copy it again or shard again.")
 
 
 def parse_index(text: str, path: Path) -> NDArray[np.int64]:

@@ -42,9 +42,7 @@ class ShardConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.prefix):
-            raise ValueError(
-                f"shard.prefix: must be 1 to 40 letters, digits, - or _, not {self.prefix!r}; try train."
-            )
+            raise ValueError(f"shard.prefix: must be 1 to 40 letters, digits, - or _, not {self.prefix!r}; try train.")
         for name, least in (("samples_per_shard", 1), ("seed", 0), ("workers", 0), ("max_rejected", 0)):
             value = getattr(self, name)
             if value < least:
@@ -62,9 +60,7 @@ def run(config: ShardConfig) -> None:
     if (output / MANIFEST_NAME).exists():
         manifest = Manifest.load(output)
         refuse_other_plan(output, manifest.options, plan)
-        print(
-            f"{output} holds this set already: {manifest.samples} samples in {len(manifest.shards)} shards."
-        )
+        print(f"{output} holds this set already: {manifest.samples} samples in {len(manifest.shards)} shards.")
     else:
         with Ledger(output, plan) as ledger:
             packed = _pack_all(config, source, ledger)
@@ -112,9 +108,7 @@ def _follow(results: Iterable[PackedShard], total: int) -> Iterator[PackedShard]
             yield packed
 
 
-def _publish(
-    config: ShardConfig, source: Source, plan: dict[str, Any], packed: list[PackedShard]
-) -> Manifest:
+def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: list[PackedShard]) -> Manifest:
     """Write the list of rejected images, refuse if there are too many, then write the manifest."""
     output = Path(config.output)
     rejected = sorted(pair for done in packed for pair in done.rejected)

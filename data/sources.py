@@ -13,9 +13,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 REMEDY = "give a class folder (class/image), a tar of one, or an ImageNet archive"
 
 
@@ -38,9 +36,7 @@ class SourceImage(NamedTuple):
         except OSError as error:
             raise ValueError(f"shard.source: cannot read {self.path} ({error.strerror}).") from None
         if changed or len(content) != self.size:
-            raise ValueError(
-                f"shard.source: {self.file} changed while it was read; shard it again to a new output."
-            )
+            raise ValueError(f"shard.source: {self.file} changed while it was read; shard it again to a new output.")
         return content
 
 
@@ -132,9 +128,7 @@ def _members(file: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarInfo, IO[b
                     assert stream is not None
                     yield member, stream, member.offset_data
     except tarfile.TarError as error:
-        raise ValueError(
-            f"shard.source: {name} is not a whole, uncompressed tar ({error}); {REMEDY}."
-        ) from None
+        raise ValueError(f"shard.source: {name} is not a whole, uncompressed tar ({error}); {REMEDY}.") from None
 
 
 def _refuse_link(member: tarfile.TarInfo, name: str) -> None:
@@ -162,9 +156,7 @@ def _with_labels(images: list[SourceImage], source: Path) -> Source:
     depths = {len(folder) > level for folder in folders}
     if len(depths) == 2:
         flat = next(image.path for image, folder in zip(images, folders, strict=True) if len(folder) <= level)
-        raise ValueError(
-            f"shard.source: {source} mixes class folders with images outside them ({flat}); {REMEDY}."
-        )
+        raise ValueError(f"shard.source: {source} mixes class folders with images outside them ({flat}); {REMEDY}.")
     if depths == {False}:
         return Source(images, ())
     labelled = [image._replace(label=folder[level]) for image, folder in zip(images, folders, strict=True)]

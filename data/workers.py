@@ -13,9 +13,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Iterable[Task], processes: int = 0
-) -> Iterator[Result]:
+def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], processes: int = 0) -> Iterator[Result]:
     """Yield the results of a picklable function as they come, in any order; 0 processes = all cores.
 
     The first exception of a task cancels those not yet begun. Raises ValueError when a process is killed.

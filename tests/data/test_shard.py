@@ -1,0 +1,377 @@
+import csv
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data import pack
+from data.ledger import LEDGER_NAME, Ledger
+from data.manifest import MANIFEST_NAME, Manifest
+from data.shard import REJECTED_NAME, ShardConfig, run
+from data.sources import scan
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT / "../shared/data/photos128.tar"
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+    levels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(levels).convert(mode)
+
+
+def read_back(directory: Path) -> list[dict]:
+    """Return every sample as webdataset reads it, undecoded, in order."""
+    tars = sorted(str(path) for path in directory.glob("*.tar"))
+    return list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+
+
+def test_webdataset_reads_every_source_image_back(drawn_folder, drawn_shards):
+    manifest = Manifest.load(drawn_shards)
+    samples = read_back(drawn_shards)
+    assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(48)]
+    for sample in samples:
+        facts = json.loads(sample["json"])
+        assert sample["jpg"] == (drawn_folder / facts["path"]).read_bytes()
+        assert manifest.classes[int(sample["cls"])] == facts["path"].split("/")[0]
+        assert (facts["width"], facts["height"]) == (48, 48)
+    assert len({json.loads(sample["json"])["path"] for sample in samples}) == 48
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="the photographs are not here")
+def test_photographs_come_back_bit_for_bit(tmp_path):
+    run(ShardConfig(str(PHOTOS), str(tmp_path / "out"), samples_per_shard=50, workers=2))
+    with tarfile.open(PHOTOS) as tar:
+        originals = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+    samples = read_back(tmp_path / "out")
+    assert {json.loads(sample["json"])["path"]: sample["jpg"] for sample in samples} == originals
+
+
+def test_the_index_is_the_one_of_wds2idx(drawn_shards, tmp_path):
+    for tar in sorted(drawn_shards.glob("*.tar")):
+        theirs = tmp_path / "theirs.idx"
+        tool = Path(sys.executable).with_name("wds2idx")
+        subprocess.run([tool, tar, theirs], check=True, capture_output=True)
+        assert tar.with_suffix(".idx").read_bytes() == theirs.read_bytes()
+
+
+def test_tars_are_plain_and_anonymous(drawn_shards):
+    with tarfile.open(drawn_shards / "train-000000.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert member.pax_headers == {}
+            assert len(member.name) <= 100
+            assert member.name.count(".") == 1
+            assert member.offset_data - member.offset == 512
+
+
+def test_the_order_is_one_seeded_shuffle_over_all_shards(drawn_folder, drawn_shards, tmp_path):
+    paths = [json.loads(sample["json"])["path"] for sample in read_back(drawn_shards)]
+    expected = sorted(paths)
+    random.Random(0).shuffle(expected)
+    assert paths == expected
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), seed=1, workers=1))
+    assert [json.loads(sample["json"])["path"] for sample in read_back(tmp_path / "out")] != paths
+
+
+def test_the_number_of_workers_leaves_no_trace(drawn_folder, drawn_shards, tmp_path):
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), samples_per_shard=10, workers=2))
+    assert content(tmp_path / "out") == content(drawn_shards)
+
+
+def test_the_manifest_counts_what_was_written(drawn_shards):
+    manifest = Manifest.load(drawn_shards)
+    assert manifest.classes == ("disc", "ring", "square", "triangle")
+    assert [shard.samples for shard in manifest.shards] == [10, 10, 10, 10, 8]
+    assert [shard.bytes for shard in manifest.shards] == [
+        (drawn_shards / shard.name).stat().st_size for shard in manifest.shards
+    ]
+    assert manifest.bytes == sum(shard.bytes for shard in manifest.shards)
+
+
+def test_a_flat_source_has_no_labels(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.png").write_bytes(encoded(noise(), "PNG"))
+    run(ShardConfig(str(tmp_path / "in"), str(tmp_path / "out"), workers=1))
+    assert Manifest.load(tmp_path / "out").classes == ()
+    assert "cls" not in read_back(tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{"subsampling": "4:2:0"}, {"progressive": True}, {"quality": 30}])
+def test_gray_and_rgb_jpegs_keep_their_bytes(mode, options):
+    original = encoded(noise(mode), "JPEG", **options)
+    assert pack.as_jpeg(original) == (original, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1"), ("BMP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK")],
+)
+def test_other_images_become_rgb_jpegs(form, mode):
+    original = encoded(noise(mode), form)
+    jpeg, width, height = pack.as_jpeg(original)
+    with Image.open(io.BytesIO(jpeg)) as image, Image.open(io.BytesIO(original)) as source:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (width, height))
+        assert not image.info.get("progressive")
+        assert image.layer[0][1:3] == (1, 1)  # 4:4:4
+        difference = np.asarray(image, dtype=float) - np.asarray(source.convert("RGB"), dtype=float)
+    assert np.abs(difference).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda jpeg: b"", "cannot identify"),
+        (lambda jpeg: b"<html>not found</html>", "cannot identify"),
+        (lambda jpeg: jpeg[: len(jpeg) // 2], "[Tt]runcated"),
+        (lambda jpeg: jpeg[:-2], "truncated"),
+        (lambda jpeg: jpeg[:20], "cannot identify"),
+        (lambda jpeg: encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG"), "more than 8 bits"),
+    ],
+)
+def test_damaged_images_are_rejected_with_a_reason(damage, reason):
+    with pytest.raises(pack.RejectedError, match=reason) as error:
+        pack.as_jpeg(damage(encoded(noise(), "JPEG")))
+    assert "0x" not in str(error.value)  # an address would differ from run to run
+
+
+@pytest.fixture
+def damaged(drawn_folder, tmp_path) -> Path:
+    """Return a copy of the drawn folder with two files that are no images."""
+    folder = Path(shutil.copytree(drawn_folder, tmp_path / "damaged"))
+    (folder / "disc" / "broken.jpg").write_bytes(b"no image")
+    (folder / "ring" / "empty.jpg").write_bytes(b"")
+    return folder
+
+
+def test_too_many_rejected_images_fail_without_a_manifest(damaged, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"2 images do not decode, 1 may; see .*rejected\.csv.*max_rejected=2"):
+        run(ShardConfig(str(damaged), str(output), samples_per_shard=10, workers=1, max_rejected=1))
+    assert not (output / MANIFEST_NAME).exists()
+    run(ShardConfig(str(damaged), str(output), samples_per_shard=10, workers=1, max_rejected=2))
+    assert Manifest.load(output).samples == 48
+    rows = list(csv.DictReader((output / REJECTED_NAME).open()))
+    assert [row["path"] for row in rows] == ["disc/broken.jpg", "ring/empty.jpg"]
+    assert all(row["reason"].startswith("cannot identify") for row in rows)
+    assert not (output / LEDGER_NAME).exists()
+
+
+def test_a_shard_without_a_sample_is_left_out(damaged, tmp_path):
+    output = tmp_path / "out"
+    run(ShardConfig(str(damaged), str(output), samples_per_shard=1, workers=1, max_rejected=2))
+    manifest = Manifest.load(output)
+    assert len(manifest.shards) == 48 == len(list(output.glob("*.tar"))) == len(list(output.glob("*.idx")))
+
+
+def test_a_source_that_does_not_decode_at_all_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="not one image"):
+        run(ShardConfig(str(tmp_path / "in"), str(tmp_path / "out"), workers=1, max_rejected=1))
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_the_same_command_again_says_that_it_is_done(drawn_folder, tmp_path, capsys):
+    config = ShardConfig(str(drawn_folder), str(tmp_path / "out"), samples_per_shard=10, workers=1)
+    run(config)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    run(config)
+    assert "holds this set already: 48 samples in 5 shards" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"samples_per_shard": 11}, {"prefix": "val"}])
+def test_a_finished_output_of_another_plan_is_refused(drawn_folder, drawn_shards, change):
+    options = {"samples_per_shard": 10, "workers": 1} | change
+    with pytest.raises(ValueError, match=f"other options or another source .{next(iter(change))}="):
+        run(ShardConfig(str(drawn_folder), str(drawn_shards), **options))
+
+
+def test_another_source_into_a_finished_output_is_refused(damaged, drawn_shards):
+    with pytest.raises(ValueError, match=r"another source \(source_fingerprint="):
+        run(ShardConfig(str(damaged), str(drawn_shards), samples_per_shard=10, workers=1))
+
+
+def test_a_folder_of_other_things_is_left_alone(drawn_folder, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty; choose a new or empty folder"):
+        run(ShardConfig(str(drawn_folder), str(tmp_path), workers=1))
+    assert list(content(tmp_path)) == ["thesis.tex"]
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(drawn_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"^shard\.output: cannot write to"):
+            run(ShardConfig(str(drawn_folder), str(output), workers=1))
+
+
+def test_two_commands_do_not_share_an_output(tmp_path):
+    first, second = (Ledger(tmp_path / "out", {"seed": 0}) for _ in range(2))
+    with first, pytest.raises(ValueError, match="another command is writing"):
+        second.__enter__()
+    with second:
+        pass
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prefix": "a.b"},
+        {"prefix": ""},
+        {"prefix": "x" * 41},
+        {"samples_per_shard": 0},
+        {"seed": -1},
+        {"workers": -1},
+        {"max_rejected": -1},
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=rf"^shard\.{next(iter(bad))}: must be"):
+        ShardConfig("in", "out", **bad)
+
+
+def test_a_full_disk_is_one_sentence_and_can_be_continued(drawn_folder, drawn_shards, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    config = ShardConfig(str(drawn_folder), str(output), samples_per_shard=10, workers=1)
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device") as error:
+        run(config)
+    monkeypatch.undo()
+    assert str(error.value).startswith("shard.output: cannot write")
+    left = {path.name for path in output.iterdir()}
+    assert "train-000000.tar" in left
+    assert MANIFEST_NAME not in left
+    assert not any(name.endswith(".tmp") for name in left)
+    run(config)
+    assert content(output) == content(drawn_shards)
+
+
+def test_a_kept_shard_is_not_written_again_and_a_damaged_one_is(drawn_folder, drawn_shards, tmp_path):
+    output = tmp_path / "out"
+    config = ShardConfig(str(drawn_folder), str(output), samples_per_shard=10, workers=1, max_rejected=0)
+    _interrupt_before_the_manifest(config)
+    kept, damaged_tar = output / "train-000001.tar", output / "train-000002.tar"
+    damaged_tar.write_bytes(damaged_tar.read_bytes()[:-1] + b"x")
+    inodes = {path.name: path.stat().st_ino for path in (kept, damaged_tar)}
+    run(config)
+    assert kept.stat().st_ino == inodes[kept.name]
+    assert content(output) == content(drawn_shards)
+
+
+def _interrupt_before_the_manifest(config: ShardConfig) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert not (Path(config.output) / MANIFEST_NAME).exists()
+
+
+def test_an_unfinished_output_of_another_plan_is_refused(drawn_folder, tmp_path):
+    config = ShardConfig(str(drawn_folder), str(tmp_path / "out"), samples_per_shard=10, workers=1)
+    _interrupt_before_the_manifest(config)
+    config.seed = 9
+    with pytest.raises(ValueError, match=r"other options or another source \(seed=0"):
+        run(config)
+    config.seed = 0
+    run(config)  # the refused command has let go of the output
+
+
+SLOW_COMMAND = """
+import sys, time
+from data import pack, shard
+
+def slow(task):
+    time.sleep(0.1)
+    return pack.keep_or_pack(task)
+
+if __name__ == "__main__":
+    shard.keep_or_pack = slow
+    shard.run(shard.ShardConfig(sys.argv[1], sys.argv[2], samples_per_shard=3, workers=2))
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_command_that_was_stopped_goes_on_to_the_same_bytes(drawn_folder, tmp_path, sign):
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    run(ShardConfig(str(drawn_folder), str(whole), samples_per_shard=3, workers=1))
+    process = _start(tmp_path, drawn_folder, output)
+    _wait_until(lambda: len(list(output.glob("*.tar"))) >= 2)
+    os.killpg(process.pid, sign) if sign == signal.SIGINT else process.kill()
+    assert process.wait(timeout=30) != 0
+    assert 2 <= len(list(output.glob("*.tar"))) < 16
+    assert not (output / MANIFEST_NAME).exists()
+    _wait_until(lambda: not _alive(process.pid))  # the workers leave with their parent
+    run(ShardConfig(str(drawn_folder), str(output), samples_per_shard=3, workers=1))
+    assert content(output) == content(whole)
+
+
+def _start(tmp_path: Path, source: Path, output: Path) -> subprocess.Popen:
+    """Start a sharding of 16 slow shards in a process group of its own."""
+    # A file, not -c: spawned workers import the main module again.
+    (tmp_path / "command.py").write_text(SLOW_COMMAND)
+    arguments = [sys.executable, tmp_path / "command.py", source, output]
+    return subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _alive(group: int) -> list[int]:
+    """Return the processes of a group that are not merely waiting to be reaped."""
+    alive = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(of_group) == group and state != "Z":
+            alive.append(int(path.parent.name))
+    return alive
+
+
+def test_a_scan_and_a_shard_of_the_same_tar_agree(drawn_folder, drawn_shards, tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        tar.add(drawn_folder, "images")
+    assert len(scan(tmp_path / "in.tar").images) == 48
+    run(ShardConfig(str(tmp_path / "in.tar"), str(tmp_path / "out"), samples_per_shard=10, workers=1))
+    ours = {sample["jpg"] for sample in read_back(tmp_path / "out")}
+    assert ours == {sample["jpg"] for sample in read_back(drawn_shards)}
