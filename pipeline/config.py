@@ -12,7 +12,7 @@ from data.verify import VerifyConfig
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -60,6 +60,11 @@ class TrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        if not self.budget.value > 0:
+            raise ValueError(
+                f"budget.value must be above 0, got {self.budget.value:g}; "
+                "say for instance budget.value=1000 budget.unit=steps."
+            )
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 to have negatives, got {self.batch_size}.")
         if self.log_every < 1:
@@ -158,6 +163,9 @@ def load(command: str, overrides: list[str]) -> Any:
         raise ValueError(f"{error.full_key} is required; say {error.full_key}=VALUE.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(command, error)) from error
+    except ValueError as error:
+        # OmegaConf appends lines of its own to what a config says of itself.
+        raise ValueError(str(error).split("\n")[0]) from error
 
 
 def show(command: str, overrides: list[str]) -> str:
@@ -185,7 +193,19 @@ def experiments() -> list[str]:
     return sorted(p.stem for p in (CONFIG_DIR / "experiment").glob("*.yaml"))
 
 
+def _check_words(command: str, overrides: list[str]) -> None:
+    """Refuse what Hydra would refuse in several lines: words without =, unknown options of a group."""
+    choices = groups_of(command)
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word} is not key=value; `coldpress {command} --help` lists the keys.")
+        if key in choices and value not in choices[key]:
+            raise ValueError(f"{word} is not an option; choose from {', '.join(choices[key])}.")
+
+
 def _compose(command: str, overrides: list[str]) -> Any:
+    _check_words(command, overrides)
     store = ConfigStore.instance()
     store.store(name=f"{command}_schema", node=ROOTS[command])
     for group, options in GROUPS.items():
@@ -202,14 +222,14 @@ def _explain(command: str, error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     text = " ".join(str(error).split("\n")[0].split())
     if key and "not in" in str(cause):
-        close = difflib.get_close_matches(key, _keys(ROOTS[command]), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(key, _keys(ROOTS[command]), n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else f"`coldpress {command} --help` lists the keys."
         return f"{key} is not a key of coldpress {command}; {hint}"
     if key:
         reason = " ".join(str(cause).split("\n")[0].split())
         return f"{key}: {reason}; `coldpress {command} --help` shows its type and default."
-    if "Could not find" in text and "experiment/" in text:
-        return f"{text}; experiments that ship: {', '.join(experiments())}."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read ({text}); quote the value if it holds special characters."
     return f"{text.rstrip('.')}; `coldpress {command} --help` shows keys and groups."
 
 

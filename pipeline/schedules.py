@@ -30,15 +30,9 @@ class BudgetConfig:
     two (Table 1 of Li et al., 2024).
     """
 
+    # There is no sensible default: a run refuses 0.
     value: float = 0.0
     unit: Unit = Unit.steps
-
-    def __post_init__(self) -> None:
-        if not self.value > 0:
-            raise ValueError(
-                f"budget.value must be above 0, got {self.value:g}; "
-                "say for instance budget.value=1000 budget.unit=steps."
-            )
 
 
 @dataclass(frozen=True)

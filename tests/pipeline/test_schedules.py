@@ -7,7 +7,7 @@ import pytest
 from pipeline.compression import PatchScaling, Stage, Staged
 from pipeline.compression.schedule import compression
 from pipeline.freezing import Curve, FreezeOut
-from pipeline.schedules import WARMUP_START, Budget, BudgetConfig, RateConfig, Schedules, Shape, Unit
+from pipeline.schedules import WARMUP_START, Budget, RateConfig, Schedules, Shape, Unit
 
 
 def schedules(**changes: object) -> Schedules:
@@ -31,11 +31,6 @@ def test_budget_units() -> None:
     assert Budget(25600, Unit.samples).progress(**spent) == 0.1
     assert Budget(640, Unit.cost).progress(**spent) == 1.0
     assert Budget(600, Unit.cost).progress(**spent) == 1.0
-
-
-def test_budget_must_be_given() -> None:
-    with pytest.raises(ValueError, match=r"budget\.value must be above 0, got 0; say for instance"):
-        BudgetConfig()
 
 
 def test_cosine_after_linear_warmup() -> None:
