@@ -72,7 +72,9 @@ class Reader:
     def _bytes(self, sample: int, offset: int, size: int) -> bytes:
         path = self._index.paths[self._index.shard[sample]]
         try:
-            content = os.pread(self._tar(path).descriptor, size, offset) if size else b""
+            # Held by name: a thread that lost the race to open a tar has one that no cache keeps open.
+            tar = self._tar(path)
+            content = os.pread(tar.descriptor, size, offset) if size else b""
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; check the file system.") from error
         if len(content) != size:
