@@ -1,0 +1,1 @@
+"""Endpoints from which others fetch the numbers."""

@@ -1,0 +1,81 @@
+"""The catalogue: every number that a run may report, with its meaning. Sinks refuse all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+# Prometheus wants one namespace for an application; the console and metrics.jsonl do without.
+PREFIX = "coldpress_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number: its name without prefix, whether it only grows, and what it means."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    help: str
+
+
+def _gauge(name: str, text: str) -> Metric:
+    return Metric(name, "gauge", text)
+
+
+def _counter(name: str, text: str) -> Metric:
+    return Metric(name, "counter", f"{text}, counted since the process started.")
+
+
+_METRICS = (
+    # How far the run has come.
+    _gauge("step", "Optimizer steps of the run, earlier lives included."),
+    _gauge("progress_ratio", "Share of the budget that is spent; every schedule is a function of it."),
+    _gauge("budget_spent", "Spent budget, in the unit of the budget."),
+    _gauge("budget_total", "Whole budget, in the unit of the budget."),
+    _gauge("eta_seconds", "Expected time until the budget is spent."),
+    _counter("steps_total", "Optimizer steps"),
+    _counter("samples_total", "Samples of all processes together"),
+    _counter("tokens_total", "Tokens that entered backbones, of all processes together"),
+    _counter("cost_total", "Cost of all processes together; a unit is one forward of the uncompressed sequence"),
+    _counter("skipped_steps_total", "Steps that changed nothing because the gradient was not finite"),
+    # How fast it goes, over the last log interval.
+    _gauge("samples_per_second", "Samples of all processes together per second, over the log interval."),
+    _gauge("tokens_per_second", "Backbone tokens of all processes together per second, over the log interval."),
+    _gauge("cost_per_second", "Cost units of all processes together per second, over the log interval."),
+    _gauge("step_seconds", "Mean duration of a step over the log interval."),
+    _gauge("data_wait_ratio", "Share of the log interval that this process waited for its next batch."),
+    _counter("data_wait_seconds_total", "Time that this process waited for its next batch"),
+    # What it learns.
+    _gauge("loss", "Training loss of the last step, mean over processes."),
+    _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),
+    _gauge("feature_std", "Standard deviation of normalized features over the batch; 0 is a collapse."),
+    _gauge("knn_top1_ratio", "Share of held-out samples that their nearest neighbors classify right."),
+    # What the schedules say.
+    _gauge("learning_rate", "Learning rate of the heads."),
+    _gauge("weight_decay", "Decoupled weight decay."),
+    _gauge("momentum_ratio", "Share that the momentum encoder keeps of itself in a step."),
+    _gauge("patch_size_pixels", "Side of a patch of the query's view."),
+    _gauge("token_dropout_ratio", "Share of the query's patches that is dropped."),
+    _gauge("query_tokens", "Sequence length of the query's forward."),
+    _gauge("key_tokens", "Sequence length of the key's forward."),
+    _gauge("frozen_layers", "Layers, counted from the input, that no longer learn."),
+    # What survives.
+    _gauge("checkpoint_seconds", "Duration of the last checkpoint."),
+    _gauge("checkpoint_bytes", "Size of the last checkpoint."),
+    _gauge("last_checkpoint_timestamp_seconds", "Unix time of the last checkpoint."),
+    _gauge("last_step_timestamp_seconds", "Unix time of the last reported step."),
+    _gauge("start_timestamp_seconds", "Unix time at which the process opened its endpoint."),
+    _gauge("restarts", "How often the scheduler restarted this job."),
+    _counter("checkpoints_total", "Checkpoints"),
+)
+
+CATALOG: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _METRICS})
+assert len(CATALOG) == len(_METRICS), "a name is listed twice"
+
+
+def check(metrics: Mapping[str, float]) -> None:
+    """Assert that every name is in the catalogue."""
+    unknown = sorted(metrics.keys() - CATALOG.keys())
+    assert not unknown, f"{', '.join(unknown)}: not in the catalogue, monitoring/metrics.py"

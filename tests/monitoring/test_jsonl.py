@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from monitoring.jsonl import JsonlSink
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_objects_with_step_and_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, resume_step=0)
+    sink.write(1, {"loss": 0.5, "eta_seconds": float("nan")})
+    [line] = read(path)  # before close: a killed process loses nothing
+    sink.close()
+    assert (line["step"], line["loss"], line["eta_seconds"]) == (1, 0.5, None)
+    assert line["time"] > 1e9
+
+
+def test_resume_drops_what_a_killed_life_left_ahead(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlSink(path, resume_step=0)
+    for step in (10, 20, 30):
+        first.write(step, {"loss": step})
+    first.close()
+    path.write_text(path.read_text() + '{"loss": 4')  # torn
+
+    second = JsonlSink(path, resume_step=20)
+    second.write(30, {"loss": -1})
+    second.close()
+
+    assert [(line["step"], line["loss"]) for line in read(path)] == [(10, 10), (20, 20), (30, -1)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_failure_while_truncating_leaves_the_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, resume_step=0)
+    sink.write(10, {"loss": 1.0})
+    sink.close()
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        JsonlSink(path, resume_step=0)
+    assert path.read_bytes() == before
+
+
+def test_names_outside_the_catalogue_are_refused(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resume_step=0)
+    with pytest.raises(AssertionError, match="accuracy"):
+        sink.write(1, {"accuracy": 1.0})
+    sink.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
