@@ -1,0 +1,226 @@
+"""Batches are a pure function of (seed, place): not of ranks, batch size, threads or where a run starts."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.loader import Batch, Loader, LoaderConfig
+from data.manifest import Manifest, SampleIndex
+from data.order import FixedOrder, ShuffledOrder
+from data.reader import Reader
+from data.shard import ShardConfig, run
+from data.views import ViewSpec, center_view
+
+CPU = torch.device("cpu")
+SPECS = [ViewSpec(32, blur=1.0), ViewSpec(24, blur=0.1, solarize=0.2)]
+
+
+@pytest.fixture
+def make(drawn_shards: Path) -> Iterator[Any]:
+    """Return a function that opens a loader, and close all of them in the end."""
+    opened: list[Loader] = []
+
+    def open_loader(
+        views: Any = SPECS, order: Any = None, threads: int = 1, shards: Any = drawn_shards, **fields: Any
+    ) -> Loader:
+        config = LoaderConfig(str(shards), threads=threads)
+        opened.append(Loader(config, views, order, **{"seed": 5, "batch_size": 32, "device": CPU} | fields))
+        return opened[-1]
+
+    yield open_loader
+    for loader in opened:
+        loader.close()
+
+
+def joined(batches: list[Batch]) -> tuple[list[int], list[Tensor], list[int]]:
+    """Return indices, views and labels of batches in a row."""
+    views = [torch.cat([batch.views[k] for batch in batches]) for k in range(len(batches[0].views))]
+    labels = [int(label) for batch in batches if batch.labels is not None for label in batch.labels]
+    return [int(place) for batch in batches for place in batch.index], views, labels
+
+
+def in_global_order(ranks: list[list[Batch]]) -> list[Batch]:
+    return [batch for step in zip(*ranks, strict=True) for batch in step]
+
+
+def test_ranks_batch_size_threads_and_start_do_not_change_a_bit(make: Any) -> None:
+    one = joined(list(islice(make().batches(), 3)))
+    four = [make(rank=rank, world_size=4, threads=2) for rank in range(4)]
+    assert_same(one, joined(in_global_order([list(islice(loader.batches(), 3)) for loader in four])))
+    # A restart in the middle, across the end of the epoch at 48, with two ranks and another batch size.
+    two = [make(rank=rank, world_size=2, batch_size=12) for rank in range(2)]
+    restarted = joined(in_global_order([list(islice(loader.batches(start=37), 4)) for loader in two]))
+    assert_same(tuple(part(37, 85) for part in cutters(one)), restarted)
+
+
+def cutters(run: tuple[list[int], list[Tensor], list[int]]) -> list[Any]:
+    index, views, labels = run
+    return [
+        lambda a, b: index[a:b],
+        lambda a, b: [view[a:b] for view in views],
+        lambda a, b: labels[a:b],
+    ]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert ours[0] == theirs[0]
+    assert ours[2] == theirs[2]
+    assert len(ours[1]) == len(theirs[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def test_views_differ_between_epochs_seeds_and_views(make: Any) -> None:
+    same = [ViewSpec(32)] * 2
+    order = FixedOrder(np.arange(8))
+    first = next(make(same, order).batches()).views
+    assert not torch.equal(*first)
+    assert not torch.equal(first[0], next(make(same, order, seed=6).batches()).views[0])
+    index, views, _ = joined(list(islice(make([ViewSpec(32)]).batches(), 3)))
+    sample = ShuffledOrder([10, 10, 10, 10, 8], 5).place(np.array(index))[1].tolist()
+    again = sample.index(sample[0], 48)
+    assert not torch.equal(views[0][0], views[0][again])
+
+
+def test_labels_and_indices_are_those_of_the_samples(make: Any, drawn_shards: Path) -> None:
+    loader = make(batch_size=20)
+    index, _, labels = joined(list(islice(loader.batches(start=7), 6)))
+    assert index == list(range(7, 127))
+    set_index = SampleIndex.load(drawn_shards, Manifest.load(drawn_shards))
+    true = [sample.label for sample in Reader(set_index).read(range(48))]
+    ids = ShuffledOrder(set_index.counts, 5).place(np.array(index))[1]
+    assert labels == [true[k] for k in ids]
+    assert loader.num_samples == 48
+    assert loader.classes == Manifest.load(drawn_shards).classes
+    assert len(set(labels)) == 4
+
+
+def test_pixels_are_those_of_the_sample(make: Any, drawn_shards: Path) -> None:
+    """The whole drawn image at its own size: what comes out is what was packed, normalized."""
+    view = ViewSpec(48, crop="center", center_fraction=1.0, flip=0, jitter_probability=0, grayscale=0)
+    batch = next(make([view], FixedOrder([31, 4])).batches())
+    reader = Reader(SampleIndex.load(drawn_shards, Manifest.load(drawn_shards)))
+    for pixels, sample in zip(batch.views[0], reader.read([31, 4]), strict=True):
+        packed = torch.from_numpy(np.array(Image.open(io.BytesIO(sample.image.tobytes())).convert("RGB")))
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        expected = (packed / 255 - mean) / std
+        assert torch.allclose(pixels.permute(1, 2, 0), expected, atol=1e-5)
+
+
+def test_every_epoch_has_every_sample_once(make: Any) -> None:
+    batches = list(islice(make([center_view(16)], batch_size=100).batches(), 2))
+    _, (views,), _ = joined(batches)
+    epochs = [view.flatten(1).sum(1).sort().values for view in views[: 4 * 48].split(48)]
+    assert len(epochs) == 4
+    assert all(torch.equal(epochs[0], epoch) for epoch in epochs[1:])
+
+
+@pytest.mark.parametrize(("stop", "sizes"), [(48, [20, 20, 8]), (40, [20, 20]), (3, [3]), (0, [])])
+def test_stop_is_exact_with_one_process(make: Any, stop: int, sizes: list[int]) -> None:
+    batches = list(make(batch_size=20).batches(stop=stop))
+    assert [len(batch.index) for batch in batches] == sizes
+    assert [len(batch.views[0]) for batch in batches] == sizes
+    assert [int(k) for batch in batches for k in batch.index] == list(range(stop))
+
+
+def test_stop_is_shared_between_ranks_and_an_empty_rank_ends(make: Any) -> None:
+    places = [
+        [batch.index.tolist() for batch in make(rank=rank, world_size=4, batch_size=8).batches(stop=11)]
+        for rank in range(4)
+    ]
+    assert [rank[0] for rank in places] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [rank[1:] for rank in places] == [[], [[8]], [[9]], [[10]]]
+
+
+def test_a_fixed_order_ends_by_itself_and_runs_again(make: Any) -> None:
+    loader = make([center_view(16)], FixedOrder([3, 3, 40]), batch_size=2)
+    for _ in range(2):
+        _, (views,), labels = joined(list(loader.batches()))
+        assert len(views) == 3
+        assert torch.equal(views[0], views[1])
+        assert labels[0] == labels[1]
+
+
+def test_an_unlabeled_set_has_no_labels(make: Any, drawn_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "flat"
+    source.mkdir()
+    for k, image in enumerate(sorted(drawn_folder.glob("*/*"))[:6]):
+        shutil.copy(image, source / f"{k}{image.suffix}")
+    run(ShardConfig(str(source), str(tmp_path / "shards"), workers=1))
+    loader = make(shards=tmp_path / "shards", batch_size=4)
+    assert loader.classes == ()
+    assert next(loader.batches()).labels is None
+
+
+def test_waiting_is_counted_and_only_waiting(make: Any) -> None:
+    loader = make()
+    assert loader.wait_seconds == 0
+    batches = loader.batches()
+    next(batches)
+    waited = loader.wait_seconds
+    assert waited > 0
+    torch.randn(1500, 1500).matmul(torch.randn(1500, 1500))
+    assert loader.wait_seconds == waited
+    next(batches)
+    assert loader.wait_seconds > waited
+
+
+@pytest.fixture
+def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
+    """Return a copy in which sample 17 has a sound frame header but a scan that no decoder takes."""
+    copy = Path(shutil.copytree(drawn_shards, tmp_path / "damaged"))
+    index = SampleIndex.load(copy, Manifest.load(copy))
+    image = Reader(index).read([17])[0].image.tobytes()
+    with index.paths[index.shard[17]].open("r+b") as tar:
+        tar.seek(int(index.offset[17]) + image.rfind(b"\xff\xda") + 4)
+        tar.write(b"\x09")
+    return copy
+
+
+def test_a_damaged_sample_is_named_after_the_batches_before_it(make: Any, damaged_shards: Path) -> None:
+    loader = make(order=FixedOrder(np.arange(40)), shards=damaged_shards, batch_size=4)
+    batches = loader.batches()
+    assert [int(next(batches).index[0]) for _ in range(4)] == [0, 4, 8, 12]
+    with pytest.raises(ValueError, match=r"train-000001\.tar: sample \w+\.jpg is not the image that was packed"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"device": "tpu"}, "data.device: must be auto, cpu or gpu, not 'tpu'"),
+        ({"threads": -1}, "data.threads: must be at least 0, not -1"),
+        ({"prefetch": 0}, "data.prefetch: must be at least 1, not 0"),
+    ],
+)
+def test_a_bad_setting_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoaderConfig(**fields)
+
+
+def test_missing_shards_are_named(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.shards: no directory .*/nowhere; give"):
+        make(shards=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        make(shards=tmp_path)
+    with pytest.raises(ValueError, match=r"data.shards: missing; give"):
+        make(shards="")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"batch_size: 10 must be divisible by the number of processes, 4; try 8\."):
+        make(batch_size=10, world_size=4)
+
+
+def test_gpu_views_need_a_gpu(drawn_shards: Path) -> None:
+    config = LoaderConfig(str(drawn_shards), device="gpu")
+    with pytest.raises(ValueError, match=r"data.device: gpu needs a GPU, but this process trains on cpu"):
+        Loader(config, SPECS, seed=0, batch_size=4, device=CPU)

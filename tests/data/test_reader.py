@@ -1,0 +1,124 @@
+"""Samples are read whole, and a damaged one is named."""
+
+import io
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.manifest import Manifest, SampleIndex
+from data.reader import Reader, jpeg_size
+
+
+def jpeg(width: int, height: int, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (90, 120, 200)).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def copied_shards(drawn_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn_shards, tmp_path / "shards"))
+
+
+def open_set(directory: Path) -> tuple[Reader, SampleIndex]:
+    index = SampleIndex.load(directory, Manifest.load(directory))
+    return Reader(index), index
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + b"x" * 999}, {"comment": b"\xff\xc0"}]
+)
+def test_size_is_that_of_the_decoded_image(options: dict[str, object]) -> None:
+    assert jpeg_size(jpeg(123, 45, **options)) == (45, 123)
+
+
+def test_size_survives_fill_bytes_and_an_embedded_thumbnail() -> None:
+    data, thumbnail = jpeg(30, 20), jpeg(4, 3)
+    segment = b"\xff\xff\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    assert jpeg_size(data[:2] + segment + data[2:]) == (20, 30)
+
+
+@given(data=st.one_of(st.binary(max_size=60).map(lambda tail: b"\xff\xd8" + tail), st.binary(max_size=60)))
+@settings(max_examples=300, deadline=None)
+def test_size_of_anything_else_is_a_value_error_or_a_size(data: bytes) -> None:
+    try:
+        height, width = jpeg_size(data)
+    except ValueError:
+        return
+    assert min(height, width) > 0
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 10, 100, 160])
+def test_a_cut_header_has_no_size(cut: int) -> None:
+    data = jpeg(30, 20)
+    assert data.find(b"\xff\xc0") > 150
+    with pytest.raises(ValueError):
+        jpeg_size(data[:cut])
+
+
+def test_samples_are_the_packed_ones(drawn_shards: Path) -> None:
+    reader, index = open_set(drawn_shards)
+    samples = reader.read(range(len(index)))
+    for sample in samples:
+        with Image.open(io.BytesIO(sample.image.tobytes())) as picture:
+            assert picture.size == (sample.width, sample.height) == (48, 48)
+    assert sorted(sample.label for sample in samples) == sorted([0, 1, 2, 3] * 12)
+
+
+def test_threads_share_a_reader_with_fewer_open_tars_than_shards(
+    drawn_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.reader._OPEN_TARS", 1)
+    reader, index = open_set(drawn_shards)
+    expected = [sample.image.tobytes() for sample in reader.read(range(len(index)))]
+    seen: list[bool] = []
+
+    def check(seed: int) -> None:
+        ids = np.random.default_rng(seed).integers(0, len(index), 300).tolist()
+        seen.append([sample.image.tobytes() for sample in reader.read(ids)] == [expected[k] for k in ids])
+
+    threads = [threading.Thread(target=check, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [True] * 6
+
+
+def overwrite(directory: Path, index: SampleIndex, sample: int, at: int, content: bytes) -> Path:
+    path = directory / index.paths[index.shard[sample]].name
+    with path.open("r+b") as tar:
+        tar.seek(int(index.offset[sample]) + at)
+        tar.write(content)
+    return path
+
+
+def test_an_overwritten_sample_is_named(copied_shards: Path) -> None:
+    reader, index = open_set(copied_shards)
+    path = overwrite(copied_shards, index, 13, 0, b"<html>")
+    with pytest.raises(ValueError, match=rf"^{path}: sample \w+\.jpg is not .*not a JPEG.*coldpress verify"):
+        reader.read([12, 13])
+
+
+def test_a_tar_cut_after_the_start_is_named(copied_shards: Path) -> None:
+    reader, index = open_set(copied_shards)
+    with index.paths[0].open("r+b") as tar:
+        tar.truncate(int(index.offset[0]) + 10)
+    with pytest.raises(ValueError, match=r"sample \w+\.jpg is not .*10 of \d+ bytes"):
+        reader.read([0])
+
+
+def test_an_undecodable_sample_is_found_among_sound_ones(copied_shards: Path) -> None:
+    reader, index = open_set(copied_shards)
+    assert reader.first_undecodable(range(10)) is None
+    # The header of the scan claims nine components; the frame header, which the reader looks at, is sound.
+    overwrite(copied_shards, index, 5, reader.read([5])[0].image.tobytes().rfind(b"\xff\xda") + 4, b"\x09")
+    assert len(reader.read([5])) == 1
+    assert re.search(r"sample \w+\.jpg is not", str(reader.first_undecodable(range(10))))
