@@ -335,6 +335,7 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_bytes(drawn_folder, tmp_
     assert process.wait(timeout=30) != 0
     assert 2 <= len(list(output.glob("*.tar"))) < 16
     assert not (output / MANIFEST_NAME).exists()
+    assert "SpawnProcess" not in (tmp_path / "stderr.txt").read_text()  # only the parent reacts to Ctrl-C
     _wait_until(lambda: not _alive(process.pid))  # the workers leave with their parent
     run(ShardConfig(str(drawn_folder), str(output), samples_per_shard=3, workers=1))
     assert content(output) == content(whole)
@@ -344,8 +345,13 @@ def _start(tmp_path: Path, source: Path, output: Path) -> subprocess.Popen:
     """Start a sharding of 16 slow shards in a process group of its own."""
     # A file, not -c: spawned workers import the main module again.
     (tmp_path / "command.py").write_text(SLOW_COMMAND)
-    arguments = [sys.executable, tmp_path / "command.py", source, output]
-    return subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    with (tmp_path / "stderr.txt").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, tmp_path / "command.py", source, output],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=stderr,
+            start_new_session=True,
+        )
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

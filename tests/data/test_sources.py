@@ -68,6 +68,14 @@ def test_an_archive_of_class_archives_is_read_in_place(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [(["cats/1.jpg", "cats/2.jpg"], "cats"), (["train/cats/1.jpg", "train/cats/2.jpg"], "cats")],
+)
+def test_a_single_class_is_the_innermost_shared_folder(tmp_path, names, label):
+    assert scan(write_tree(tmp_path, names)).classes == (label,)
+
+
 def test_flat_sources_are_unlabelled(tmp_path):
     for source in (
         scan(write_tar(tmp_path / "val.tar", ["v_2.JPEG", "v_1.JPEG"])),
@@ -105,6 +113,10 @@ def test_the_fingerprint_follows_names_sizes_and_times(tmp_path):
 def test_a_file_that_changes_after_the_scan_is_not_read(tmp_path):
     source = scan(write_tree(tmp_path, ["a/1.jpg"]))
     (tmp_path / "a/1.jpg").write_bytes(b"short")
+    with pytest.raises(ValueError, match="changed while it was read"):
+        source.images[0].read()
+    (tmp_path / "a/1.jpg").write_bytes(bytes(source.images[0].size))
+    os.utime(tmp_path / "a/1.jpg", (1, 1))
     with pytest.raises(ValueError, match="changed while it was read"):
         source.images[0].read()
     (tmp_path / "a/1.jpg").unlink()
