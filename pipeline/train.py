@@ -84,7 +84,7 @@ def train(
         )
         if probing:
             begin = time.monotonic()
-            sinks.write(state.step, {"knn_top1_ratio": parts.probe.run(parts.method.encoder, world)})
+            sinks.write(state.step, {"knn_top1_ratio": parts.probe.run(parts.method.encoder, world, meter.elapsed)})
             meter.pause(time.monotonic() - begin)
         if saving or stopping or finished:
             begin = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -21,8 +21,10 @@ class ViTConfig:
     name: str = "vit_base_patch16_224"
     image_size: int = 224
     patch_size: int = 16
-    # Passed to timm as they are, for instance {embed_dim: 192, depth: 6, num_heads: 3}.
-    overrides: dict[str, Any] = field(default_factory=dict)
+    # Other than the named model's own: for small experiments.
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
     # The sequence whose forward costs one unit of budget: 197 = 224 pixels in patches of 16, plus class token.
     reference_length: int = 197
 
@@ -52,7 +54,7 @@ class ViT(nn.Module):
         """Build the backbone by its timm name.
 
         Raises:
-            ValueError: timm does not know the name or an override, or the model is not a plain ViT.
+            ValueError: timm does not know the name or cannot build the sizes, or the model is not a plain ViT.
         """
         super().__init__()
         self.config = config
@@ -110,6 +112,8 @@ class ViT(nn.Module):
 
 
 def _create(config: ViTConfig) -> Any:
+    asked = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
+    changes = {name: value for name, value in asked.items() if value is not None}
     try:
         backbone = timm.create_model(
             config.name,
@@ -117,12 +121,12 @@ def _create(config: ViTConfig) -> Any:
             patch_size=config.patch_size,
             num_classes=0,
             global_pool="token",
-            **config.overrides,
+            **changes,
         )
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(
-            f"model.name={config.name} with model.overrides={config.overrides}: timm says {error}; "
-            "take a name from timm.list_models('vit_*') and overrides that its VisionTransformer takes."
+            f"model.name={config.name} with {changes or 'its own sizes'}: timm says {str(error) or 'no'}; "
+            "take a name from timm.list_models('vit_*') and num_heads that divides embed_dim."
         ) from error
     plain = isinstance(backbone, timm.models.VisionTransformer) and backbone.cls_token is not None
     if not plain or not isinstance(backbone.norm_pre, nn.Identity) or backbone.reg_token is not None:

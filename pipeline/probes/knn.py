@@ -64,23 +64,23 @@ class KNNProbe:
         queries = len(order) * config.queries // (config.support + config.queries)
         self._support, self._queries = order[queries:], order[:queries]
         self._config, self._data = config, data
-        self._spent = 0.0
-        self._last: float | None = None
+        self._last_seconds: float | None = None
+        self._last_at = 0.0
 
     def due(self, elapsed: float, seconds_per_sample: float) -> bool:
         """Return whether one more probe stays within the share. Clocks differ: ask on the main process only."""
         if not self._config.share or not len(self._queries):
             return False
         # A training step costs more than a forward, so this errs on the late side for the first probe.
-        expected = self._last or seconds_per_sample * (len(self._support) + len(self._queries))
-        return self._spent + expected <= self._config.share * elapsed
+        expected = self._last_seconds or seconds_per_sample * (len(self._support) + len(self._queries))
+        return expected <= self._config.share * (elapsed - self._last_at)
 
-    def run(self, encoder: ViT, world: World) -> float:
+    def run(self, encoder: ViT, world: World, elapsed: float) -> float:
         """Return the top-1 accuracy; every process must call this together."""
         start = time.monotonic()
         support = extract(encoder, self._data, self._support, world)
         queries = extract(encoder, self._data, self._queries, world)
         accuracy = knn_accuracy(*support, *queries, self._config.k)
-        self._last = time.monotonic() - start
-        self._spent += self._last
+        self._last_seconds = time.monotonic() - start
+        self._last_at = elapsed
         return accuracy

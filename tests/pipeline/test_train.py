@@ -24,7 +24,9 @@ TINY = [
     "model.name=vit_tiny_patch16_224",
     "model.image_size=32",
     "model.patch_size=8",
-    "model.overrides={embed_dim:48,depth:3,num_heads:3}",
+    "model.embed_dim=48",
+    "model.depth=3",
+    "model.num_heads=3",
     "model.reference_length=17",
     "method.hidden_dim=64",
     "method.out_dim=32",
@@ -92,6 +94,11 @@ class Life:
         outputs = ["\n".join(p.communicate(timeout=180)) for p in self.processes]
         return [p.returncode for p in self.processes], "\n".join(outputs)
 
+    def succeed(self) -> str:
+        codes, output = self.end()
+        assert set(codes) == {0}, output
+        return output
+
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.rows()]
 
@@ -142,7 +149,7 @@ def assert_same_run(first: Life, second: Life) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, ranks: int) -> None:
     whole = train("whole", ranks)
-    assert whole.end()[0] == [0] * ranks
+    whole.succeed()
     assert len(whole.losses()) == STEPS
 
     first = train("parts", ranks)
@@ -155,9 +162,7 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, rank
     assert 7 <= stopped_at["step"] < STEPS
 
     second = train("parts", ranks)
-    codes, output = second.end()
-    assert codes == [0] * ranks, output
-    assert f"resumed at step {stopped_at['step']}" in output
+    assert f"resumed at step {stopped_at['step']}" in second.succeed()
     assert_same_run(whole, second)
     frozen = [row["frozen_layers"] for row in second.rows()]
     assert frozen[0] == 0
@@ -167,21 +172,20 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, rank
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
     whole = train("whole")
-    assert whole.end()[0] == [0]
+    whole.succeed()
     killed = train("killed")
     killed.wait_for_step(random.Random(os.getpid()).randint(1, STEPS - 4))
     killed.send(signal.SIGKILL)
     assert killed.end()[0] == [-signal.SIGKILL]
     again = train("killed")
-    codes, output = again.end()
-    assert codes == [0], output
+    again.succeed()
     assert_same_run(whole, again)
 
 
 def test_two_processes_and_one_take_the_same_steps(train: Train) -> None:
     one, two = train("one", 1), train("two", 2)
-    assert one.end()[0] == [0]
-    assert two.end()[0] == [0, 0]
+    one.succeed()
+    two.succeed()
     assert len(one.losses()) == STEPS >= 20
     assert one.losses() == pytest.approx(two.losses(), abs=1e-5)
 
@@ -200,16 +204,14 @@ def test_every_signal_saves(train: Train, number: signal.Signals) -> None:
 
 def test_a_finished_run_does_nothing_more_and_leaves_its_papers(train: Train) -> None:
     first = train()
-    assert first.end()[0] == [0]
+    first.succeed()
     listed = {p.name for p in first.directory.iterdir()}
     assert {"config.yaml", "overrides.yaml", "environment.json", "train.log", "metrics.jsonl", "status.json"} <= listed
     assert json.loads((first.directory / "status.json").read_text())["state"] == "finished"
     assert not list((first.directory / "targets").glob("*.json"))
     before = first.losses()
     again = train()
-    codes, output = again.end()
-    assert codes == [0], output
-    assert "finished at step 24" in output
+    assert "finished at step 24" in again.succeed()
     assert again.losses() == before
 
 
@@ -230,7 +232,7 @@ def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
     assert "batch_size must stay what it was" in refuse(train("run", 1, "batch_size=8"))
     assert "processes must stay what it was" in refuse(train("run", 2))
     fresh = train("run", 1, "overwrite=true", "budget.value=2")
-    assert fresh.end()[0] == [0]
+    fresh.succeed()
     assert len(fresh.losses()) == 2
 
 
