@@ -55,11 +55,12 @@ signaled=''
 
 # Run a command on all tasks and return srun's exit code. SIGUSR2, with which Slurm announces the end of the
 # time limit to this shell, goes to every task; SIGTERM, which they all get from Slurm, is only remembered:
-# srun would answer it by killing them.
+# srun would answer it by killing them. A task that ends leaves the others a minute to end as well: killed at
+# once, they would not finish saving.
 run_tasks() {
     trap 'signaled=1; cancelled=1' TERM
     trap 'signaled=1; [[ -z $step_pid ]] || kill -USR2 "$step_pid"' USR2
-    srun --kill-on-bad-exit=1 --wait=300 --label "$@" &
+    srun --kill-on-bad-exit=0 --wait=60 --label "$@" &
     step_pid=$!
     local code
     while signaled=''; do

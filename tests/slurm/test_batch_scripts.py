@@ -116,6 +116,15 @@ def test_a_saved_or_killed_run_comes_back_until_it_is_done(ending, desk):
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), desk.log.read_text()
 
 
+def test_the_first_task_to_leave_does_not_take_the_others_along(desk):
+    slow = "[[ $SLURM_PROCID == 0 ]] && sleep 2 && echo saved"
+    job = desk.train(f"[[ -n ${{SLURM_RESTART_COUNT:-}} ]] && exit 0\n{slow}\n{ADVANCE}exit 75", "--nodes=2")
+    assert desk.slurm.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+    text = desk.log.read_text()
+    assert "0: saved" in text
+    assert "tasks ended with 75\n" in text
+
+
 def test_a_run_without_progress_is_given_up(desk):
     job = desk.train("exit 75")
     ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
