@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -14,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], processes: int = 0) -> Iterator[Result]:
-    """Yield the results of a picklable function as they come, in any order; 0 processes = all cores.
+    """Yield the results of a function of an importable module as they come, in any order; 0 processes = all cores.
 
     The first exception of a task cancels those not yet begun. Raises ValueError when a process is killed.
     """
@@ -26,7 +29,9 @@ def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], process
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_enter_worker)
     try:
-        for future in as_completed([pool.submit(function, task) for task in tasks]):
+        with _light_start():
+            futures = [pool.submit(function, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise ValueError(
@@ -35,6 +40,17 @@ def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], process
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _light_start() -> Iterator[None]:
+    """Hide the main module from starting workers: they would import it, and with a command that is all of torch."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _enter_worker() -> None:

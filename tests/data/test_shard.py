@@ -311,17 +311,21 @@ def test_an_unfinished_output_of_another_plan_is_refused(drawn_folder, tmp_path)
     run(config)  # the refused command has let go of the output
 
 
-SLOW_COMMAND = """
-import sys, time
-from data import pack, shard
+SLOW_PACKING = """
+import time
+from data import pack
 
 def slow(task):
     time.sleep(0.1)
     return pack.keep_or_pack(task)
+"""
+COMMAND = """
+import sys
+import slow_packing
+from data import shard
 
-if __name__ == "__main__":
-    shard.keep_or_pack = slow
-    shard.run(shard.ShardConfig(sys.argv[1], sys.argv[2], samples_per_shard=3, workers=2))
+shard.keep_or_pack = slow_packing.slow
+shard.run(shard.ShardConfig(sys.argv[1], sys.argv[2], samples_per_shard=3, workers=2))
 """
 
 
@@ -343,12 +347,11 @@ def test_a_command_that_was_stopped_goes_on_to_the_same_bytes(drawn_folder, tmp_
 
 def _start(tmp_path: Path, source: Path, output: Path) -> subprocess.Popen:
     """Start a sharding of 16 slow shards in a process group of its own."""
-    # A file, not -c: spawned workers import the main module again.
-    (tmp_path / "command.py").write_text(SLOW_COMMAND)
+    (tmp_path / "slow_packing.py").write_text(SLOW_PACKING)
     with (tmp_path / "stderr.txt").open("w") as stderr:
         return subprocess.Popen(
-            [sys.executable, tmp_path / "command.py", source, output],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, "-c", COMMAND, source, output],
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
             stderr=stderr,
             start_new_session=True,
         )

@@ -1,0 +1,49 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.workers import run_tasks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("processes", [0, 1, 2])
+def test_every_task_gives_its_result(processes):
+    assert sorted(run_tasks(abs, range(-20, 0), processes)) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_a_task_reaches_the_caller(processes):
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(run_tasks(int, ["1", "two", "3"], processes))
+
+
+def test_a_killed_worker_is_one_sentence():
+    with pytest.raises(ValueError, match=r"a worker process was killed.*use fewer workers"):
+        list(run_tasks(os._exit, [9, 9], 2))
+
+
+def test_workers_do_not_import_the_main_module(tmp_path):
+    # The main module of a command imports torch; here it would wait, and say so.
+    (tmp_path / "main.py").write_text(
+        "from data.workers import run_tasks\n"
+        "print('main imported')\n"
+        "if __name__ == '__main__':\n"
+        "    print(sorted(run_tasks(abs, [-1, -2], 2)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, tmp_path / "main.py"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines() == ["main imported", "[1, 2]"]
+
+
+def test_the_main_module_is_back_after_the_start():
+    main = sys.modules["__main__"]
+    results = run_tasks(time.sleep, [0.0], 2)
+    next(results)
+    assert sys.modules["__main__"] is main
