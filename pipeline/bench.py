@@ -53,10 +53,7 @@ class Measurement:
 def run(config: BenchConfig) -> None:
     """Print a table of measured and promised speed-ups and, with output=FILE, write it as JSON."""
     world = distributed.start()
-    try:
-        rows = list({"step": bench_step, "freezing": bench_freezing}[config.what](config, world))
-    finally:
-        distributed.stop()
+    rows = {"step": bench_step, "freezing": bench_freezing}[config.what](config, world)
     if world.is_main:
         print(_table(rows))
         if config.output:

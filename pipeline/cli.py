@@ -12,6 +12,7 @@ from typing import Any
 from data.verify import VerificationError
 
 from pipeline import config as configuration
+from pipeline import distributed
 
 # command -> the module that runs it, and what it does.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -31,7 +32,11 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 a check failed, 2 a refusal of what was asked, 75 saved and stopped."""
-    sys.exit(dispatch(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        distributed.stop()
+    sys.exit(code)
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -65,6 +65,8 @@ def _complete_environment() -> None:
     env = os.environ
     if "RANK" not in env and "SLURM_STEP_NODELIST" in env and int(env["SLURM_NTASKS"]) > 1:
         env.update({ours: env[theirs] for ours, theirs in SLURM_NAMES.items()})
+        # "2(x3)" is two on each of three nodes; the data loader divides the cores by it.
+        env.setdefault("LOCAL_WORLD_SIZE", env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
         env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
     if "RANK" not in env:

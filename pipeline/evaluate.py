@@ -44,10 +44,7 @@ def run(config: EvaluateConfig) -> None:
     support, queries = splits(config, training)
     encoder, name = load_encoder(config, training)
     world = distributed.start()
-    try:
-        accuracies = evaluate(config, encoder.to(world.device), support, queries, world)
-    finally:
-        distributed.stop()
+    accuracies = evaluate(config, encoder.to(world.device), support, queries, world)
     if world.is_main:
         _report(directory, name, support, queries, accuracies)
 
@@ -106,7 +103,7 @@ def _find(config: EvaluateConfig, directory: Path) -> Path:
     if not config.checkpoint.isdigit():
         raise ValueError(f"checkpoint must be latest, init or a step number, got {config.checkpoint}.")
     chosen = directory / f"{PREFIX}{int(config.checkpoint):08d}"
-    damage = find_damage(chosen)
+    damage = find_damage(chosen) if chosen.exists() else "there is none"
     if damage:
         there = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*")))
         raise ValueError(

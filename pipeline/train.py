@@ -43,14 +43,11 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
     """Train until the budget is spent or somebody asks for the node; return the exit code."""
     stop = StopRequest()
     world = distributed.start()
-    try:
-        directory = distributed.on_main(lambda: RunDirectory(config))
-        parts = build(config, world)
-        if directory is not None:
-            directory.open(overrides)
-        return train(config, world, stop, parts, directory)
-    finally:
-        distributed.stop()
+    directory = distributed.on_main(lambda: RunDirectory(config))
+    parts = build(config, world)
+    if directory is not None:
+        directory.open(overrides)
+    return train(config, world, stop, parts, directory)
 
 
 def train(

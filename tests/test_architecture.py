@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.config": {"pipeline", "data", "monitoring"},
     "pipeline.run_directory": {"pipeline.config"},
     "pipeline.plan": {"pipeline.train"},
-    "pipeline.cli": {"pipeline.config", "data.verify"},
+    "pipeline.cli": {"pipeline.config", "pipeline.distributed", "data.verify"},
 }
 # Commands stand on everything below them; only the command line and `plan`, which plans a training run, name one.
 COMMAND_ARROWS = {"pipeline", "data", "monitoring"}

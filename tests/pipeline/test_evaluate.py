@@ -1,0 +1,81 @@
+"""Which encoder, which samples."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.drawn import draw_image_folder
+from data.shard import ShardConfig
+from data.shard import run as shard
+from pipeline import distributed, evaluate
+from pipeline.config import load
+from pipeline.preemption import StopRequest
+from pipeline.run_directory import RunDirectory
+from pipeline.train import build, train
+
+RUN = ["experiment=demo", "budget.value=2", "batch_size=8", "log_every=1", "data.threads=1", "monitor.prometheus=false"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
+    """Return a directory with a finished run of two steps."""
+    directory = tmp_path_factory.mktemp("runs")
+    overrides = [*RUN, "run=r", f"runs={directory}", f"data.shards={drawn_shards}"]
+    config = load("train", overrides)
+    world = distributed.start()
+    papers = RunDirectory(config)
+    parts = build(config, world)
+    papers.open(overrides)
+    assert train(config, world, StopRequest(), parts, papers) == 0
+    return directory
+
+
+def knn(runs: Path, *overrides: str) -> dict[str, object]:
+    evaluate.run(load("evaluate", ["run=r", f"runs={runs}", "k=[5]", *overrides]))
+    newest = max((runs / "r" / "eval").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+    result: dict[str, object] = json.loads(newest.read_text())
+    return result
+
+
+def test_latest_checkpoint_by_a_held_out_fifth(runs: Path) -> None:
+    result = knn(runs)
+    assert result["checkpoint"] == "step_00000002"
+    assert (result["support"]["samples"], result["queries"]["samples"]) == (39, 9)  # type: ignore[index]
+
+
+def test_untrained_and_trained_encoders_differ(runs: Path) -> None:
+    config = load("evaluate", ["run=r", f"runs={runs}", "checkpoint=init"])
+    training = load("train", [*RUN, "run=r", f"runs={runs}"])
+    before, name = evaluate.load_encoder(config, training)
+    assert name == "init"
+    config.checkpoint = "2"
+    after, _ = evaluate.load_encoder(config, training)
+    assert not torch.equal(before.blocks[0].attn.qkv.weight, after.blocks[0].attn.qkv.weight)
+    assert torch.equal(before.patch.weight, after.patch.weight)
+
+
+def test_other_shards_as_queries(runs: Path, tmp_path: Path) -> None:
+    draw_image_folder(tmp_path / "val", classes=4, per_class=5, size=48, seed=9)
+    shard(ShardConfig(str(tmp_path / "val"), str(tmp_path / "shards"), workers=1))
+    result = knn(runs, f"shards={tmp_path / 'shards'}")
+    assert (result["support"]["samples"], result["queries"]["samples"]) == (48, 20)  # type: ignore[index]
+    shutil.rmtree(tmp_path / "val" / "disc", ignore_errors=True)
+    draw_image_folder(tmp_path / "three", classes=3, per_class=2, size=48)
+    shard(ShardConfig(str(tmp_path / "three"), str(tmp_path / "shards3"), workers=1))
+    with pytest.raises(ValueError, match="has 3 classes, .* has 4 or others; both must be sharded from"):
+        knn(runs, f"shards={tmp_path / 'shards3'}")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "sentence"),
+    [
+        ("best", "checkpoint must be latest, init or a step number, got best"),
+        ("7", r"checkpoint: step 7 is not usable \(there is none\); steps there: 2\."),
+    ],
+)
+def test_checkpoints_that_are_not_there(runs: Path, checkpoint: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        knn(runs, f"checkpoint={checkpoint}")
