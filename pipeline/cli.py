@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 from data.verify import VerificationError
-
 from pipeline import config as configuration
 from pipeline import distributed
 

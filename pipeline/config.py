@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from data.loader import LoaderConfig
-from data.verify import VerifyConfig
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -16,7 +14,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from data.loader import LoaderConfig
 from data.shard import ShardConfig
+from data.verify import VerifyConfig
 from monitoring.sinks import MonitorConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import CompressionSchedule, Constant, NoCompression, Staged

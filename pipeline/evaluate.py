@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data.loader import LoaderConfig
 
+from data.loader import LoaderConfig
 from data.manifest import Manifest
 from pipeline import distributed
 from pipeline.checkpoint import PREFIX, find_damage, newest_valid

@@ -70,7 +70,7 @@ def _layer_rates(axis: Axes, progress: np.ndarray, rates: np.ndarray) -> None:
 
 def _steps(axis: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float], label: str, linestyle: str = "-") -> None:
     axis.step(x, y, where="post", label=label, linestyle=linestyle)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * max(float(np.max(line.get_ydata())) for line in axis.lines) or 1)
     axis.grid(alpha=0.3)
 
 

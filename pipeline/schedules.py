@@ -27,7 +27,7 @@ class BudgetConfig:
     """How long a run lasts.
 
     One unit of cost is one forward of the uncompressed reference sequence for one image; a backward counts
-    two (Table 1 of Li et al., 2024).
+    two (Table 1 of Lin et al., 2024).
     """
 
     # There is no sensible default: a run refuses 0.
@@ -56,7 +56,7 @@ class Shape(Enum):
 
     cosine = "cosine"
     # 1 - t^2: the only reading of "polynomial, alpha = 2" that keeps the rate above cosine late in a run,
-    # which is what Section 6.1 of Li et al., 2024 wants it for.
+    # which is what Section 6.1 of Lin et al., 2024 wants it for.
     polynomial = "polynomial"
 
 

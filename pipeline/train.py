@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-from data.loader import Loader
 
+from data.loader import Loader
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
 from pipeline.checkpoint import Checkpointer, TrainState
@@ -50,9 +50,7 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
     return train(config, world, stop, parts, directory)
 
 
-def train(
-    config: TrainConfig, world: World, stop: StopRequest, parts: Parts, directory: RunDirectory | None
-) -> int:
+def train(config: TrainConfig, world: World, stop: StopRequest, parts: Parts, directory: RunDirectory | None) -> int:
     """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
     state = parts.checkpointer.restore(parts.engine) or TrainState()
     _announce(config, world, parts, state)

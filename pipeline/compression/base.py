@@ -63,7 +63,7 @@ class Compression:
         return self.keep(self.num_patches(image_size, base)) + CLASS_TOKENS
 
     def nominal_length(self, image_size: int, base: int) -> Fraction:
-        """Return the length that Figure 3 of Li et al., 2024 counts with.
+        """Return the length that Figure 3 of Lin et al., 2024 counts with.
 
         The paper scales the class token too and does not round: (N + 1)(1 - d).
         """

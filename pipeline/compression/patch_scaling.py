@@ -9,7 +9,7 @@ from pipeline.compression.base import Compressor
 
 @dataclass(frozen=True)
 class PatchScaling(Compressor):
-    """Cut the image into patches of another size (Section 4.3 of Li et al., 2024)."""
+    """Cut the image into patches of another size (Section 4.3 of Lin et al., 2024)."""
 
     size: int
 

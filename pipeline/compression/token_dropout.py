@@ -10,7 +10,7 @@ from pipeline.compression.base import Compressor
 
 @dataclass(frozen=True)
 class TokenDropout(Compressor):
-    """Drop a share of the patch tokens, never the class token (Section 4.2 of Li et al., 2024)."""
+    """Drop a share of the patch tokens, never the class token (Section 4.2 of Lin et al., 2024)."""
 
     rate: float
 

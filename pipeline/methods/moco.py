@@ -30,7 +30,7 @@ class MoCoConfig:
     momentum: float = 0.99
     out_dim: int = 256
     hidden_dim: int = 4096
-    # One pair a sample (view 1 is the query, view 2 the key), as in Section 6.1 of Li et al., 2024; the
+    # One pair a sample (view 1 is the query, view 2 the key), as in Section 6.1 of Lin et al., 2024; the
     # original has both pairs.
     symmetric: bool = False
     # A fixed random patch projection keeps the training of ViTs stable (Section 4.2 of Chen et al., 2021).
@@ -102,7 +102,7 @@ class MoCo(Method):
         return float(self._pairs() * ((3 - 2 * phi) * query + key) / self.encoder.config.reference_length)
 
     def nominal_sample_cost(self, plan: StepPlan) -> float:
-        """Return (3 L_q + L_k) / L_base per pair, Table 1 of Li et al., 2024."""
+        """Return (3 L_q + L_k) / L_base per pair, Table 1 of Lin et al., 2024."""
         size = (self.encoder.config.image_size, self.encoder.config.patch_size)
         total = 3 * plan.query.nominal_length(*size) + plan.key.nominal_length(*size)
         return float(self._pairs() * total / self.encoder.config.reference_length)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data.loader import LoaderConfig
 from torch import Tensor
 
+from data.loader import LoaderConfig
 from pipeline.distributed import World
 from pipeline.models.vit import ViT
 from pipeline.probes.features import extract

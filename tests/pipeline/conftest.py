@@ -42,9 +42,7 @@ def make_batch() -> Callable[..., FakeBatch]:
 def make_moco() -> Callable[..., MoCo]:
     def make(**changes: object) -> MoCo:
         torch.manual_seed(0)
-        config = ViTConfig(
-            "vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17
-        )
+        config = ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17)
         return MoCo(MoCoConfig(**({"hidden_dim": 64, "out_dim": 32} | changes)), ViT(config, seed=0))  # type: ignore[arg-type]
 
     return make

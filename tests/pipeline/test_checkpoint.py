@@ -48,7 +48,10 @@ def test_restore_gives_back_every_tensor(saved: Path, make_moco: Callable[..., M
     first, second = engine_for(make_moco()), engine_for(make_moco())
     for engine in (first, second):
         assert checkpointer(saved).restore(engine) == TrainState(3, 24, 36.0)
-    for ours, theirs in ((first.method.state_dict(), second.method.state_dict()), (first.method.state(), second.method.state())):
+    for ours, theirs in (
+        (first.method.state_dict(), second.method.state_dict()),
+        (first.method.state(), second.method.state()),
+    ):
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     moments = first._engine.optimizer.optimizer.state
     assert all(float(s["step"]) == 3 for s in moments.values())
@@ -85,7 +88,9 @@ def test_half_written_checkpoints_are_not_found(saved: Path, tmp_path: Path) -> 
 
 def test_another_run_is_refused(saved: Path, make_moco: Callable[..., MoCo]) -> None:
     engine = engine_for(make_moco())
-    with pytest.raises(ValueError, match=r"batch_size must stay what it was when .* was saved \(8\), got 16; set it back"):
+    with pytest.raises(
+        ValueError, match=r"batch_size must stay what it was when .* was saved \(8\), got 16; set it back"
+    ):
         checkpointer(saved, {"seed": 0, "batch_size": 16}).restore(engine)
 
 
@@ -99,7 +104,7 @@ def test_a_hostile_pickle_is_not_run(saved: Path, make_moco: Callable[..., MoCo]
     listing = json.loads((victim.parent / "MANIFEST.json").read_text())
     listing.pop(victim.name)
     (victim.parent / "MANIFEST.json").write_text(json.dumps(listing))
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
         checkpointer(saved).restore(engine_for(make_moco()))
 
 

@@ -46,9 +46,7 @@ def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> N
         (["plan", "experiment=demo", "run=x", "data.shards=/nowhere"], "/nowhere"),
     ],
 )
-def test_refusals_have_code_2_and_one_line(
-    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusals_have_code_2_and_one_line(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(words) == 2
     said = capsys.readouterr().err
     assert sentence in said

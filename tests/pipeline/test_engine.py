@@ -31,13 +31,13 @@ def comparable(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Softmax ignores the bias of keys, batch norm the shift of the features that enter the projector.
     """
-    return {n: t for n, t in state.items() if not n.endswith(("qkv.bias", "encoder.norm.bias", "projector.1.running_mean"))}
+    return {
+        n: t for n, t in state.items() if not n.endswith(("qkv.bias", "encoder.norm.bias", "projector.1.running_mean"))
+    }
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_steps_are_plain_torchs(
-    make_moco: Callable[..., MoCo], make_batch: Callable[..., object], clip: float
-) -> None:
+def test_steps_are_plain_torchs(make_moco: Callable[..., MoCo], make_batch: Callable[..., object], clip: float) -> None:
     engine, plain = engine_for(make_moco(), clip=clip), make_moco()
     optimizer = adamw(parameter_groups(plain.layers(), plain.parameters()), OptimConfig(clip=clip))
     for step in range(12):
@@ -55,9 +55,13 @@ def test_steps_are_plain_torchs(
         assert float(result.loss) == pytest.approx(float(output.loss.detach()), abs=1e-5)
         assert engine.grad_norm() == pytest.approx(float(norm), rel=1e-4)
     for name, want in comparable(plain.state_dict()).items():
-        torch.testing.assert_close(engine.method.state_dict()[name], want, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            engine.method.state_dict()[name], want, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for name, want in comparable(plain.state()).items():
-        torch.testing.assert_close(engine.method.state()[name], want, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            engine.method.state()[name], want, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -65,7 +65,7 @@ def test_other_shards_as_queries(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "val" / "disc", ignore_errors=True)
     draw_image_folder(tmp_path / "three", classes=3, per_class=2, size=48)
     shard(ShardConfig(str(tmp_path / "three"), str(tmp_path / "shards3"), workers=1))
-    with pytest.raises(ValueError, match="has 3 classes, .* has 4 or others; both must be sharded from"):
+    with pytest.raises(ValueError, match=r"has 3 classes, .* has 4 or others; both must be sharded from"):
         knn(runs, f"shards={tmp_path / 'shards3'}")
 
 

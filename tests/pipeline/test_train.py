@@ -208,7 +208,7 @@ def test_a_finished_run_does_nothing_more_and_leaves_its_papers(train: Train) ->
     listed = {p.name for p in first.directory.iterdir()}
     assert {"config.yaml", "overrides.yaml", "environment.json", "train.log", "metrics.jsonl", "status.json"} <= listed
     assert json.loads((first.directory / "status.json").read_text())["state"] == "finished"
-    assert not list((first.directory / "targets").glob("*.json"))
+    assert not list((first.directory.parent / ".targets").glob("*.json"))
     before = first.losses()
     again = train()
     assert "finished at step 24" in again.succeed()

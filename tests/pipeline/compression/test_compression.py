@@ -15,7 +15,7 @@ from pipeline.compression import (
 )
 from pipeline.compression.schedule import compression
 
-# Figure 3 of Li et al., 2024: cost of a MoCo-v3 sample at 240 pixels, key uncompressed, by patch size and dropout.
+# Figure 3 of Lin et al., 2024: cost of a MoCo-v3 sample at 240 pixels, key uncompressed, by patch size and dropout.
 # The paper counts (N + 1)(1 - d) query tokens without rounding, 226 key tokens, over 197.
 DROPOUTS = (0.0, 0.25, 0.5, 0.75, 0.9)
 FIGURE_3 = {
