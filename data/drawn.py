@@ -1,7 +1,9 @@
-"""An image set drawn on the spot: one shape per class, on any machine, without a download.
+"""An image set drawn on the spot: a wallpaper of one shape per class, on any machine, without a download.
 
-Color, contrast, position, size, rotation and background vary from image to image and say nothing about the
-class, so that pixels are a poor guide to it, while the shape is plain to the eye.
+Contrast, tint, size, position, rotation and ground vary from image to image and say nothing about the class, so
+that pixels are a poor guide to it, while the shape is plain to the eye. Tints are faint and every crop holds the
+shape for a reason: contrastive training matches vivid colors first, and a small encoder learns no shape in a few
+hundred steps.
 """
 
 import math
@@ -18,6 +20,8 @@ Mask = NDArray[np.bool_]
 Shape = Callable[[Plane, Plane], Mask]
 
 OVERSAMPLING = 2
+SPACING = 1.15  # side of a tile, in units of the shape's square
+SATURATION = 0.12
 QUALITY = 90
 
 
@@ -38,44 +42,45 @@ def draw_image_folder(output: Path, classes: int = 8, per_class: int = 150, size
 
 def draw(shape: Shape, size: int, random: np.random.Generator) -> Image.Image:
     """Return one RGB image [size, size] of the shape."""
-    cover = _placed(shape, size, random)[..., None]
+    cover = _tiled(shape, size, random)[..., None]
     background, foreground = _colors(random)
-    ground = background + _texture(size, random, strength=22.0)
-    pixels = ground + cover * (foreground + _texture(size, random, strength=10.0) - ground)
+    ground = background + _texture(size, random, strength=4.0)
+    pixels = ground + cover * (foreground + _texture(size, random, strength=2.0) - ground)
     pixels += random.normal(0.0, 4.0, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _placed(shape: Shape, size: int, random: np.random.Generator) -> Plane:
-    """Return how much of every pixel [size, size] the shape covers; moved, scaled and turned at random."""
-    radius = random.uniform(0.45, 0.80)
-    x, y = random.uniform(-1.0, 1.0, 2) * (1.0 - radius) * 0.9
-    turn = random.uniform(-math.pi / 6, math.pi / 6)
-    axis = (np.arange(size * OVERSAMPLING) + 0.5) / (size * OVERSAMPLING) * 2.0 - 1.0
-    u, v = (axis[None, :] - x) / radius, (axis[:, None] - y) / radius
-    mask = shape(math.cos(turn) * u + math.sin(turn) * v, math.cos(turn) * v - math.sin(turn) * u)
-    cover: Plane = mask.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
+def _tiled(shape: Shape, size: int, random: np.random.Generator) -> Plane:
+    """Return how much of every pixel [size, size] is covered by copies; scaled, turned and moved at random."""
+    tiles, turn = random.uniform(1.8, 3.2), random.uniform(-math.pi / 6, math.pi / 6)
+    axis = ((np.arange(size * OVERSAMPLING) + 0.5) / (size * OVERSAMPLING) * 2.0 - 1.0) * tiles
+    along = math.cos(turn) * axis[None, :] + math.sin(turn) * axis[:, None]
+    across = math.cos(turn) * axis[:, None] - math.sin(turn) * axis[None, :]
+    moved = (plane + random.uniform(0.0, 2.0) for plane in (along, across))
+    u, v = ((plane % 2.0 - 1.0) * SPACING for plane in moved)
+    cover: Plane = shape(u, v).reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
     return cover
 
 
 def _colors(random: np.random.Generator) -> tuple[Plane, Plane]:
-    """Return two random RGB colors [3] whose luma differs by at least 70 levels, either one the darker."""
+    """Return two faintly tinted colors RGB [3] whose luma differs by at least 70 levels, either one the darker."""
     luma = np.array([0.299, 0.587, 0.114])
     while True:
-        pair = random.uniform(15.0, 240.0, (2, 3))
-        if abs(luma @ (pair[0] - pair[1])) > 70.0:
-            return pair[0], pair[1]
+        vivid = random.uniform(15.0, 240.0, (2, 3))
+        gray = (vivid @ luma)[:, None]
+        if abs(gray[0, 0] - gray[1, 0]) > 70.0:
+            background, foreground = gray + SATURATION * (vivid - gray)
+            return background, foreground
 
 
 def _texture(size: int, random: np.random.Generator, strength: float) -> Plane:
-    """Return a smooth random field [size, size, 3] around zero: a gradient and blotches of some scale."""
+    """Return a smooth random field of gray [size, size, 1] around zero: a gradient and blotches of some scale."""
     cells = int(random.integers(2, 9))
-    blotches = np.stack([_smooth(random.normal(0.0, 1.0, (cells, cells)), size) for _ in range(3)], axis=-1)
+    blotches = _smooth(random.normal(0.0, 1.0, (cells, cells)), size)
     axis = np.linspace(-1.0, 1.0, size)
-    slope = random.normal(0.0, 1.0, (2, 3))
-    gradient = axis[:, None, None] * slope[0] + axis[None, :, None] * slope[1]
-    field: Plane = strength * 0.7 * (blotches + gradient)
-    return field
+    slope = random.normal(0.0, 1.0, 2)
+    field: Plane = strength * (blotches + axis[:, None] * slope[0] + axis[None, :] * slope[1])
+    return field[..., None]
 
 
 def _smooth(coarse: Plane, size: int) -> Plane:
