@@ -22,7 +22,7 @@ from pipeline.preemption import EXIT_STOPPED
 RUN = "mocov3"
 MARKER = ".coldpress-demo"
 # The step after which the demo plays the scheduler that wants its node back.
-STOP_AFTER = 250
+STOP_AFTER = 200
 
 log = logging.getLogger(__name__)
 
