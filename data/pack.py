@@ -30,6 +30,7 @@ class ShardTask:
     first: int
     images: list[SourceImage]
     class_ids: dict[str, int]
+    shorter_side: int = 0
     record: "PackedShard | None" = None  # of an earlier, interrupted command
 
 
@@ -92,7 +93,7 @@ def _add_images(writer: "_TarWriter", task: ShardTask) -> tuple[list[tuple[str, 
     for position, image in enumerate(task.images, start=task.first):
         original = image.read()
         try:
-            jpeg, width, height = as_jpeg(original)
+            jpeg, width, height = as_jpeg(original, task.shorter_side)
         except RejectedError as reason:
             rejected.append((image.path, str(reason)))
             continue
@@ -104,14 +105,18 @@ def _add_images(writer: "_TarWriter", task: ShardTask) -> tuple[list[tuple[str, 
     return rejected, reencoded
 
 
-def as_jpeg(encoded: bytes) -> tuple[bytes, int, int]:
+def as_jpeg(encoded: bytes, shorter_side: int = 0) -> tuple[bytes, int, int]:
     """Return (JPEG, width, height): the same bytes if they are a gray or RGB JPEG, else a new RGB one.
 
+    An image whose shorter side exceeds ``shorter_side`` pixels is scaled down to it; 0 keeps every size.
     Raises RejectedError when the image does not decode completely.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
             image.load()
+            if 0 < shorter_side < min(image.size):
+                small = _scale(image, shorter_side)
+                return _encode(small), small.width, small.height
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
                 return encoded, image.width, image.height
             return _encode(image), image.width, image.height
@@ -121,11 +126,21 @@ def as_jpeg(encoded: bytes) -> tuple[bytes, int, int]:
         raise RejectedError(str(error).partition("<_io")[0].strip() or type(error).__name__) from None
 
 
-def _encode(image: Image.Image) -> bytes:
+def _scale(image: Image.Image, shorter_side: int) -> Image.Image:
+    factor = shorter_side / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return _as_rgb(image).resize(size, Image.Resampling.BICUBIC)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode not in SHALLOW_MODES:
         raise RejectedError(f"mode {image.mode} has more than 8 bits per channel")
+    return image.convert("RGB")
+
+
+def _encode(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.convert("RGB").save(out, "JPEG", quality=95, subsampling="4:4:4")
+    _as_rgb(image).save(out, "JPEG", quality=95, subsampling="4:4:4")
     return out.getvalue()
 
 

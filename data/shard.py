@@ -29,7 +29,8 @@ REJECTED_NAME = "rejected.csv"
 class ShardConfig:
     """source: class folder, tar or ImageNet archive; output: new folder; workers: processes, 0 = all cores.
 
-    max_rejected: how many images may fail to decode before the command fails.
+    max_rejected: how many images may fail to decode before the command fails. shorter_side: pixels to which
+    larger images are scaled down, so that every step decodes less; 0 keeps images byte for byte.
     """
 
     source: str
@@ -39,11 +40,18 @@ class ShardConfig:
     seed: int = 0
     workers: int = 0
     max_rejected: int = 0
+    shorter_side: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.prefix):
             raise ValueError(f"shard.prefix: must be 1 to 40 letters, digits, - or _, not {self.prefix!r}; try train.")
-        for name, least in (("samples_per_shard", 1), ("seed", 0), ("workers", 0), ("max_rejected", 0)):
+        for name, least in (
+            ("samples_per_shard", 1),
+            ("seed", 0),
+            ("workers", 0),
+            ("max_rejected", 0),
+            ("shorter_side", 0),
+        ):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"shard.{name}: must be at least {least}, not {value}.")
@@ -71,7 +79,7 @@ def run(config: ShardConfig) -> None:
 
 def _plan(config: ShardConfig, source: Source) -> dict[str, Any]:
     """Return what decides the output's bytes; two commands of one plan are the same command."""
-    names = ("prefix", "samples_per_shard", "seed")
+    names = ("prefix", "samples_per_shard", "seed", "shorter_side")
     return {name: getattr(config, name) for name in names} | {"source_fingerprint": source.fingerprint()}
 
 
@@ -93,7 +101,7 @@ def _tasks(config: ShardConfig, source: Source, ledger: Ledger) -> Iterator[Shar
     for number, first in enumerate(range(0, len(images), config.samples_per_shard)):
         name = f"{config.prefix}-{number:06d}.tar"
         members = images[first : first + config.samples_per_shard]
-        yield ShardTask(str(ledger.output / name), first, members, class_ids, ledger.recall(name))
+        yield ShardTask(str(ledger.output / name), first, members, class_ids, config.shorter_side, ledger.recall(name))
 
 
 def _follow(results: Iterable[PackedShard], total: int) -> Iterator[PackedShard]:

@@ -23,6 +23,8 @@ RUN = "mocov3"
 MARKER = ".coldpress-demo"
 # The step after which the demo plays the scheduler that wants its node back.
 STOP_AFTER = 200
+# Photographs of any size, some of them broken perhaps, seen at 48 pixels.
+OWN_IMAGES = ("shorter_side=96", "max_rejected=1000000")
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def prepare(place: Place, images: str) -> tuple[Path, Path | None]:
     """Shard the given images, or drawn ones; return training shards and, if there are any, validation shards."""
     train, val = place.root / "shards", place.root / "shards-val"
     if images:
-        coldpress("shard", f"source={images}", f"output={train}", "max_rejected=1000000")
+        coldpress("shard", f"source={images}", f"output={train}", *OWN_IMAGES)
         return train, None
     for folder, per_class, seed, shards in (("images", 250, 0, train), ("images-val", 50, 1, val)):
         log.info("drawing %s", place.root / folder)

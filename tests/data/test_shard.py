@@ -142,6 +142,28 @@ def test_other_images_become_rgb_jpegs(form, mode):
     assert np.abs(difference).mean() < 6
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_larger_images_are_scaled_down_to_the_shorter_side(mode):
+    original = encoded(noise(mode).resize((60, 40)), "JPEG")
+    jpeg, width, height = pack.as_jpeg(original, shorter_side=20)
+    assert (width, height) == (30, 20)
+    with Image.open(io.BytesIO(jpeg)) as image, Image.open(io.BytesIO(original)) as source:
+        assert (image.mode, image.size) == ("RGB", (30, 20))
+        want = np.asarray(source.convert("RGB").resize((30, 20), Image.Resampling.BICUBIC), dtype=float)
+        assert np.abs(np.asarray(image, dtype=float) - want).mean() < 6
+
+
+def test_images_that_are_small_enough_keep_their_bytes():
+    original = encoded(noise(), "JPEG")
+    assert pack.as_jpeg(original, shorter_side=16) == (original, 24, 16)
+
+
+def test_another_shorter_side_is_another_set(drawn_folder, tmp_path):
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), shorter_side=24, workers=1))
+    with pytest.raises(ValueError, match="shorter_side"):
+        run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), shorter_side=32, workers=1))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
