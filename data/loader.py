@@ -236,5 +236,10 @@ def _pipeline_device(choice: str, device: torch.device) -> torch.device:
 
 
 def _share_of_cores() -> int:
-    """Divide the cores this process may use by the processes that torchrun or DeepSpeed started on this node."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return the cores for this process: those that Slurm bound it to, else its share of the node's."""
+    cores = len(os.sched_getaffinity(0))
+    if "SLURM_PROCID" in os.environ and cores < (os.cpu_count() or 1):
+        return cores
+    # torchrun sets the one, DeepSpeed's launcher the other.
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, cores // int(processes))

@@ -51,7 +51,7 @@ _METRICS = (
     _gauge("loss", "Training loss of the last step, mean over processes."),
     _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),
     _gauge("feature_std", "Standard deviation of normalized features over the batch; 0 is a collapse."),
-    _gauge("knn_top1_ratio", "Share of held-out samples that their nearest neighbors classify right."),
+    _gauge("knn_top1_ratio", "Share of the probe's samples that their nearest neighbors classify right."),
     # What the schedules say.
     _gauge("learning_rate", "Learning rate of the heads."),
     _gauge("weight_decay", "Decoupled weight decay."),

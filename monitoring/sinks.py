@@ -93,6 +93,6 @@ def build_sinks(
             sinks.append(
                 PrometheusSink(run_dir, run=run, rank=rank, world_size=world_size, address=config.address, port=port)
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             log.warning("no metrics endpoint on %s: %s; the run goes on without.", config.address, error)
     return MultiSink(sinks) if sinks else NullSink()

@@ -82,7 +82,8 @@ class Checkpointer:
         final = self.directory / f"{PREFIX}{state.step:08d}"
         temporary = self.directory / f".tmp-{final.name}"
         if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in self.directory.glob(".tmp-*"):
+                shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         barrier()
         engine.save(temporary)
@@ -103,7 +104,7 @@ class Checkpointer:
         """Load the newest valid checkpoint; None when there is none.
 
         Raises:
-            ValueError: the checkpoint belongs to a run with other data, batch size, seed or process count.
+            ValueError: the checkpoint belongs to another run, or there are checkpoints and all are damaged.
         """
         found = from_main(on_main(lambda: newest_valid(self.directory)))
         if found is None:
@@ -125,17 +126,19 @@ class Checkpointer:
         latest = self.directory / LATEST_NAME
         _write(latest.with_suffix(".tmp"), final.name)
         os.replace(latest.with_suffix(".tmp"), latest)
-        self._prune()
+        self._prune(final)
 
-    def _prune(self) -> None:
-        for old in checkpoints(self.directory)[: -self.config.keep_last]:
-            shutil.rmtree(old)
+    def _prune(self, newest: Path) -> None:
+        """Keep the last few; checkpoints after the newest are damaged ones of a life that was given up."""
+        kept = [c for c in checkpoints(self.directory) if c.name <= newest.name][-self.config.keep_last :]
+        for other in set(checkpoints(self.directory)) - set(kept):
+            shutil.rmtree(other)
 
     def _check_identity(self, found: Path, saved: dict[str, Any]) -> None:
         for key, value in self.identity.items():
-            if saved.get(key) != value:
+            if key in saved and saved[key] != value:
                 raise ValueError(
-                    f"{key} must stay what it was when {found} was saved ({saved.get(key)}), got {value}; "
+                    f"{key} must stay what it was when {found} was saved ({saved[key]}), got {value}; "
                     f"set it back, or start anew with another run=NAME."
                 )
 
@@ -146,12 +149,22 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_valid(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose every file has its listed size and checksum."""
-    for candidate in reversed(checkpoints(directory)):
+    """Return the newest checkpoint whose every file has its listed size and checksum, None if there are none.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    candidates = checkpoints(directory)
+    for candidate in reversed(candidates):
         damage = find_damage(candidate)
         if damage is None:
             return candidate
         log.warning("checkpoint %s is damaged (%s); trying the one before", candidate, damage)
+    if candidates:
+        raise ValueError(
+            f"{directory}: none of its {len(candidates)} checkpoints is whole; "
+            "mend the file system, or say overwrite=true to start anew."
+        )
     return None
 
 

@@ -63,7 +63,7 @@ def _run(command: str, overrides: list[str]) -> int:
     if command not in COMMANDS:
         raise ValueError(f"{command} is not a command; choose from {', '.join(COMMANDS)}.")
     if any(word in ("-h", "--help") for word in overrides):
-        print(_help(command))
+        print(_help(command, [word for word in overrides if word not in ("-h", "--help")]))
         return 0
     if "--cfg" in overrides:
         print(configuration.show(command, [o for o in overrides if o != "--cfg"]), end="")
@@ -94,14 +94,14 @@ def _usage() -> str:
     )
 
 
-def _help(command: str) -> str:
+def _help(command: str, overrides: list[str]) -> str:
     groups = [f"  {name}={'|'.join(options)}" for name, options in configuration.groups_of(command).items()]
     lines = [f"usage: coldpress {command} [key=value ...]", "", COMMANDS[command][1], ""]
     if groups:
         lines += ["choices:", *groups, ""]
-    return "\n".join([*lines, "keys and defaults (??? is required; --cfg prints this with your values):"]) + (
-        "\n" + configuration.show(command, [])
-    )
+    return "\n".join(
+        [*lines, "keys and defaults (??? is required; after compression=staged and the like, those of the choice):"]
+    ) + ("\n" + configuration.show(command, overrides))
 
 
 def _log_to_console() -> None:

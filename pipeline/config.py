@@ -67,6 +67,8 @@ class TrainConfig:
             )
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 to have negatives, got {self.batch_size}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
         if self.log_every < 1:
             raise ValueError(f"log_every must be at least 1 step, got {self.log_every}.")
         if self.resume not in ("auto", "never"):

@@ -23,6 +23,7 @@ RUN = "mocov3"
 MARKER = ".coldpress-demo"
 # The step after which the demo plays the scheduler that wants its node back.
 STOP_AFTER = 200
+SAMPLES_PER_CLASS = 10
 # Photographs of any size, some of them broken perhaps, seen at 48 pixels.
 OWN_IMAGES = ("shorter_side=96", "max_rejected=1000000")
 
@@ -48,15 +49,22 @@ class Place:
 
 def run(config: DemoConfig) -> None:
     """Run every command once and print what it gave."""
+    if config.images and not Path(config.images).exists():
+        raise ValueError(f"images: nothing at {config.images}; give a folder or a tar of images.")
     place = _clean_place(Path(config.output))
     train, queries = prepare(place, config.images)
     seconds = pretrain(place, train)
-    labelled = bool(Manifest.load(train).classes)
-    knn = [evaluate(place, queries, c) for c in ("init", "latest")] if labelled else []
+    knn = [evaluate(place, queries, c) for c in ("init", "latest")] if has_neighbors(train) else []
     pictures = draw(place, train)
     print(table(place, seconds, knn))
     for picture in pictures:
         print(f"picture: {picture}")
+
+
+def has_neighbors(shards: Path) -> bool:
+    """Return whether the set has labels, and enough samples of each for neighbors to mean something."""
+    manifest = Manifest.load(shards)
+    return 0 < SAMPLES_PER_CLASS * len(manifest.classes) <= manifest.samples
 
 
 def prepare(place: Place, images: str) -> tuple[Path, Path | None]:

@@ -118,7 +118,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
         # Every process used our rows: their gradients add up.
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
 

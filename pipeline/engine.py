@@ -151,7 +151,8 @@ def _deepspeed_config(precision: Precision, local_batch: int, clip: float) -> di
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip,
         "steps_per_print": 10**9,
-        # The default bucket of 5e8 elements would take gigabytes for a ViT.
+        # The default bucket of 5e8 elements would take gigabytes for a ViT. (In bf16 DeepSpeed reduces its flat
+        # fp32 gradients as a whole, frozen layers included, and does not look at these.)
         "zero_optimization": {
             "stage": 1,
             "reduce_bucket_size": 20_000_000,

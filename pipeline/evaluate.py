@@ -67,6 +67,10 @@ def splits(config: EvaluateConfig, training: TrainConfig) -> tuple[Split, Split]
     limit = config.support or own.samples
     if not config.shards:
         held_out = int(own.samples * HELD_OUT)
+        if not held_out:
+            raise ValueError(
+                f"shards: {own.samples} samples are too few to hold some out; give shards=DIR to classify."
+            )
         return Split(training.data, order[held_out:][:limit]), Split(training.data, order[:held_out])
     other = Manifest.load(Path(config.shards))
     if other.classes != own.classes:
@@ -89,7 +93,7 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
     method = build_method(training.method, ViT(training.model, training.seed))
     if config.checkpoint == "init":
         return method.encoder, "init"
-    checkpoint = _find(config, training.directory / "checkpoints")
+    checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
     load_method(checkpoint, method)
     return method.encoder, checkpoint.name
 

@@ -36,7 +36,7 @@ def run(config: TrainConfig) -> None:
     rows = stages(config, schedules, method)
     epoch = _epoch_size(config)
     print(_table(rows, method))
-    print(_totals(config, rows, method, epoch))
+    print(_totals(config, rows, uncompressed_cost(schedules, method), epoch))
     picture = config.directory.with_name(config.directory.name + "-plan.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     schedule_picture(schedules, method, picture)
@@ -55,7 +55,7 @@ def stages(config: TrainConfig, schedules: Schedules, method: Method) -> list[St
     return rows
 
 
-def uncompressed_cost(config: TrainConfig, schedules: Schedules, method: Method) -> float:
+def uncompressed_cost(schedules: Schedules, method: Method) -> float:
     """Return the cost of a sample without compression and freezing."""
     return method.sample_cost(replace(schedules, compression=NoCompression(), freeze=NoFreeze()).at(0.0))
 
@@ -86,10 +86,9 @@ def _table(rows: list[StageRow], method: Method) -> str:
     return "\n".join(lines)
 
 
-def _totals(config: TrainConfig, rows: list[StageRow], method: Method, epoch: int | None) -> str:
+def _totals(config: TrainConfig, rows: list[StageRow], dense: float, epoch: int | None) -> str:
     samples = sum(row.samples for row in rows)
     cost = sum(row.samples * row.cost for row in rows)
-    dense = uncompressed_cost(config, build_schedules(config, method), method)
     total = f"budget: {config.budget.value:,g} {config.budget.unit.value}"
     return "\n".join(
         [

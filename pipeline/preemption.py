@@ -16,7 +16,7 @@ class StopRequest:
     """Remembers the first signal that asks the run to save and leave."""
 
     def __init__(self) -> None:
-        """Install the handlers; call this before anything slow."""
+        """Install the handlers."""
         self.signal: signal.Signals | None = None
         for number in SIGNALS:
             signal.signal(number, self._remember)
@@ -34,3 +34,5 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
+        # A second Ctrl-C no longer waits for the loop, which may hang; what is published stays whole.
+        signal.signal(signal.SIGINT, signal.default_int_handler)

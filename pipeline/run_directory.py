@@ -40,10 +40,13 @@ class RunDirectory:
         self._config = config
         self._check()
 
-    def open(self, overrides: list[str]) -> None:
-        """Create or reopen the directory and write down how the run was started."""
+    def clear(self) -> None:
+        """Delete an earlier run if that was asked for."""
         if self._config.overwrite and self.path.exists():
             shutil.rmtree(self.path)
+
+    def open(self, overrides: list[str]) -> None:
+        """Create or reopen the directory and write down how the run was started."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / CONFIG_NAME).write_text(to_yaml(self._config))
         (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(o)}\n" for o in overrides))

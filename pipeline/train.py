@@ -41,19 +41,33 @@ class Parts:
 
 def run(config: TrainConfig, overrides: list[str]) -> int:
     """Train until the budget is spent or somebody asks for the node; return the exit code."""
-    stop = StopRequest()
     world = distributed.start()
+    # Not before: until the processes have met there is nothing to save, and a signal may simply end them.
+    stop = StopRequest()
     directory = distributed.on_main(lambda: RunDirectory(config))
     parts = build(config, world)
     if directory is not None:
-        directory.open(overrides)
-    return train(config, world, stop, parts, directory)
-
-
-def train(config: TrainConfig, world: World, stop: StopRequest, parts: Parts, directory: RunDirectory | None) -> int:
-    """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
+        directory.clear()
     state = parts.checkpointer.restore(parts.engine) or TrainState()
+    if directory is not None:
+        directory.open(overrides)
     _announce(config, world, parts, state)
+    try:
+        return train(config, world, stop, parts, state, directory)
+    except ValueError as error:
+        # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
+        raise RuntimeError(f"process {world.rank} failed at step {state.step}: {error}") from error
+
+
+def train(
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    parts: Parts,
+    state: TrainState,
+    directory: RunDirectory | None,
+) -> int:
+    """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state)
     meter = Meter(parts.method, parts.budget, config.batch_size)
     finished = _progress(parts.budget, state) >= 1
@@ -117,22 +131,35 @@ def build(config: TrainConfig, world: World) -> Parts:
     engine = Engine(
         method, config.engine, config.optim, local_batch=config.batch_size // world.size, device=world.device
     )
-    identity = {
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "model": f"{config.model.name} {config.model.image_size}/{config.model.patch_size}",
-        "data.shards": loader.manifest.fingerprint,
-        "processes": world.size,
-    }
     return Parts(
         method=method,
         schedules=schedules,
         budget=Budget(config.budget.value, config.budget.unit),
         loader=loader,
         engine=engine,
-        checkpointer=Checkpointer(config.directory / "checkpoints", config.checkpoint, identity),
+        checkpointer=Checkpointer(
+            config.directory / "checkpoints", config.checkpoint, _identity(config, loader, world)
+        ),
         probe=KNNProbe(config.probe, config.data, loader.num_samples if loader.classes else 0, config.seed),
     )
+
+
+def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, object]:
+    """Return what a resumed run must share with the run that saved, by dotted key."""
+    values: dict[str, object] = {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "data.shards": loader.manifest.fingerprint,
+        "processes": world.size,
+        "engine.precision": config.engine.precision.value,
+        # Another budget would take progress back and wake frozen layers.
+        "budget.value": config.budget.value,
+        "budget.unit": config.budget.unit.value,
+    }
+    for section, part in (("model", config.model), ("method", config.method), ("freeze", config.freeze)):
+        values |= {section: type(part).__name__}
+        values |= {f"{section}.{key}": str(value) for key, value in vars(part).items()}
+    return values
 
 
 def build_schedules(config: TrainConfig, method: Method) -> Schedules:

@@ -42,6 +42,10 @@ class MoCoConfig:
             raise ValueError(f"method.temperature must be above 0, got {self.temperature:g}; MoCo-v3 uses 0.2.")
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum:g}; MoCo-v3 uses 0.99.")
+        if min(self.out_dim, self.hidden_dim) < 1:
+            raise ValueError(
+                f"method.out_dim and method.hidden_dim must be at least 1, got {self.out_dim} and {self.hidden_dim}."
+            )
         if not 0 < self.crop_min <= 1:
             raise ValueError(f"method.crop_min must be a share of the image in (0, 1], got {self.crop_min:g}.")
 

@@ -27,8 +27,10 @@ def resize_kernel(kernel: Tensor, size: int) -> Tensor:
     base = kernel.shape[-1]
     if size == base:
         return kernel
-    matrix = _resize_matrix_on(base, size, kernel.device, kernel.dtype)
-    return (kernel.flatten(2) @ matrix.T).reshape(*kernel.shape[:2], size, size)
+    # In fp32 at least: rounding the matrix itself to bf16 would add as much error as rounding its result.
+    exact = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+    matrix = _resize_matrix_on(base, size, exact.device, exact.dtype)
+    return (exact.flatten(2) @ matrix.T).reshape(*kernel.shape[:2], size, size).to(kernel.dtype)
 
 
 @lru_cache(maxsize=64)

@@ -29,13 +29,16 @@ class ViTConfig:
     reference_length: int = 197
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "reference_length")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {value}.")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.patch_size must divide model.image_size={self.image_size}, got {self.patch_size}; "
                 f"try {self.image_size // self.patch_size * self.patch_size} pixels."
             )
-        if self.reference_length < 1:
-            raise ValueError(f"model.reference_length must be a number of tokens, got {self.reference_length}.")
 
     @property
     def length(self) -> int:

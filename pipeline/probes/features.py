@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from data.loader import Loader, LoaderConfig
 from torch import Tensor
 
+from data.loader import Batch, Loader, LoaderConfig
 from data.order import FixedOrder
 from data.views import center_view
 from pipeline.compression import Compression
@@ -44,14 +44,16 @@ def extract(encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World) -
 
 
 @torch.no_grad()
-def _encode(encoder: ViT, batches: Iterable[object], shards: str) -> tuple[Tensor, Tensor]:
+def _encode(encoder: ViT, batches: Iterable[Batch], shards: str) -> tuple[Tensor, Tensor]:
     training = encoder.training
     encoder.eval()
     features, labels = [], []
-    for batch in batches:
-        if batch.labels is None:  # type: ignore[attr-defined]
-            raise ValueError(f"data.shards={shards} has no labels; k-NN needs shards made from class folders.")
-        features.append(encoder(batch.views[0], Compression(), batch.index).float())  # type: ignore[attr-defined]
-        labels.append(batch.labels)  # type: ignore[attr-defined]
-    encoder.train(training)
+    try:
+        for batch in batches:
+            if batch.labels is None:
+                raise ValueError(f"data.shards={shards} has no labels; k-NN needs shards made from class folders.")
+            features.append(encoder(batch.views[0], Compression(), batch.index).float())
+            labels.append(batch.labels)
+    finally:
+        encoder.train(training)
     return torch.cat(features), torch.cat(labels)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import LoaderConfig
-from pipeline.distributed import World
+from pipeline.distributed import World, world_size
 from pipeline.models.vit import ViT
 from pipeline.probes.features import extract
 
@@ -38,7 +38,7 @@ def knn_accuracy(support: Tensor, support_labels: Tensor, query: Tensor, query_l
 
 @dataclass
 class ProbeConfig:
-    """k-NN on held-out samples of the training shards, every so often."""
+    """k-NN among samples of the training shards, seen in training without their labels, every so often."""
 
     # The largest share of the run's time that probing may take; 0 turns it off.
     share: float = 0.03
@@ -69,7 +69,7 @@ class KNNProbe:
 
     def due(self, elapsed: float, seconds_per_sample: float) -> bool:
         """Return whether one more probe stays within the share. Clocks differ: ask on the main process only."""
-        if not self._config.share or not len(self._queries):
+        if not self._config.share or min(len(self._queries), len(self._support)) < world_size():
             return False
         # A training step costs more than a forward, so this errs on the late side for the first probe.
         expected = self._last_seconds or seconds_per_sample * (len(self._support) + len(self._queries))

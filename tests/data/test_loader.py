@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data import loader as loader_module
 from data.loader import Batch, Loader, LoaderConfig
 from data.manifest import Manifest, SampleIndex
 from data.order import FixedOrder, ShuffledOrder
@@ -224,3 +225,25 @@ def test_gpu_views_need_a_gpu(drawn_shards: Path) -> None:
     config = LoaderConfig(str(drawn_shards), device="gpu")
     with pytest.raises(ValueError, match=r"data.device: gpu needs a GPU, but this process trains on cpu"):
         Loader(config, SPECS, seed=0, batch_size=4, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("environment", "bound", "want"),
+    [
+        ({}, 8, 8),
+        ({"LOCAL_WORLD_SIZE": "4"}, 8, 2),
+        ({"LOCAL_SIZE": "2"}, 8, 4),
+        ({"LOCAL_WORLD_SIZE": "16"}, 8, 1),
+        # Slurm bound the task to two of the node's eight cores: they are all its own.
+        ({"SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "4"}, 2, 2),
+        ({"SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "4"}, 8, 2),
+    ],
+)
+def test_cores_are_shared_among_a_nodes_processes(monkeypatch, environment, bound, want):
+    for name in ("SLURM_PROCID", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(bound)))
+    assert loader_module._share_of_cores() == want

@@ -22,13 +22,18 @@ def process_group() -> None:
     distributed.start()
 
 
-def engine_for(method: MoCo) -> Engine:
-    config = EngineConfig(Precision.fp32)
+def engine_for(method: MoCo, precision: Precision = Precision.fp32) -> Engine:
+    config = EngineConfig(precision)
     return Engine(method, config, OptimConfig(), local_batch=8, device=torch.device("cpu"))
 
 
 def checkpointer(directory: Path, identity: dict[str, object] | None = None, **config: object) -> Checkpointer:
     return Checkpointer(directory, CheckpointConfig(**config), identity or IDENTITY)  # type: ignore[arg-type]
+
+
+def plan(step: int) -> StepPlan:
+    """Freeze two layers from step 2 on."""
+    return StepPlan(step / 10, 1e-3, 0.1, 0.9, (0.0, 0.0, 1e-3, 1e-3) if step > 1 else (1e-3,) * 4)
 
 
 @pytest.fixture
@@ -37,10 +42,30 @@ def saved(tmp_path: Path, make_moco: Callable[..., MoCo], make_batch: Callable[.
     engine, keeper = engine_for(make_moco()), checkpointer(tmp_path, keep_last=2)
     state = TrainState()
     for step in range(3):
-        engine.step(make_batch(start=8 * step), StepPlan(step / 10, 1e-3, 0.1, 0.9, (1e-3,) * 4))
+        engine.step(make_batch(start=8 * step), plan(step))
         state.advance(8, 1.5)
         keeper.save(engine, state)
     return tmp_path
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_going_on_is_going_through_bit_for_bit(
+    tmp_path: Path, make_moco: Callable[..., MoCo], make_batch: Callable[..., object], precision: Precision
+) -> None:
+    whole, keeper = engine_for(make_moco(), precision), checkpointer(tmp_path)
+    for step in range(3):
+        whole.step(make_batch(start=8 * step), plan(step))
+    keeper.save(whole, TrainState(3))
+    resumed = engine_for(make_moco(), precision)
+    assert keeper.restore(resumed) is not None
+    for step in range(3, 6):
+        losses = [engine.step(make_batch(start=8 * step), plan(step)).loss for engine in (whole, resumed)]
+        assert torch.equal(*losses)
+    for ours, theirs in (
+        (whole.method.state_dict(), resumed.method.state_dict()),
+        (whole.method.state(), resumed.method.state()),
+    ):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_restore_gives_back_every_tensor(saved: Path, make_moco: Callable[..., MoCo]) -> None:
@@ -78,6 +103,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert find_damage(newest) is not None
     assert newest_valid(saved) == saved / "step_00000002"
     assert "step_00000003 is damaged" in caplog.text
+
+
+def test_a_new_checkpoint_replaces_damaged_later_ones(
+    saved: Path, make_moco: Callable[..., MoCo], make_batch: Callable[..., object]
+) -> None:
+    (saved / "step_00000003" / "MANIFEST.json").unlink()
+    (saved / ".tmp-step_00000009").mkdir()
+    engine, keeper = engine_for(make_moco()), checkpointer(saved, keep_last=1)
+    state = keeper.restore(engine)
+    assert state is not None
+    assert state.step == 2
+    # Another life that saves earlier than the damaged one did.
+    state.step, old = 2, saved / "step_00000002"
+    keeper.save(engine, state)
+    assert [p.name for p in checkpoints(saved)] == ["step_00000002"]
+    assert find_damage(old) is None
+    assert (saved / "latest").read_text() == "step_00000002"
+    assert not list(saved.glob(".tmp*"))
+
+
+def test_a_run_does_not_silently_start_anew_when_every_checkpoint_is_damaged(saved: Path) -> None:
+    for checkpoint in checkpoints(saved):
+        (checkpoint / "MANIFEST.json").unlink()
+    with pytest.raises(ValueError, match=r"none of its 2 checkpoints is whole; .* overwrite=true to start anew"):
+        newest_valid(saved)
 
 
 def test_half_written_checkpoints_are_not_found(saved: Path, tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def test_usage_lists_commands(words: list[str], capsys: pytest.CaptureFixture[st
     assert all(command in said for command in COMMANDS)
 
 
+def test_help_shows_the_keys_of_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["train", "compression=constant", "freeze=freezeout", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "dropout: 0.0" in said
+    assert "t0: 0.8" in said
+
+
 def test_cfg_prints_the_composed_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["train", "--cfg", "experiment=demo", "seed=7"]) == 0
     said = capsys.readouterr().out

@@ -82,10 +82,11 @@ def test_a_frozen_layer_does_not_change_by_a_bit(
     assert not any(torch.equal(p, b) for p, b in zip(moco.layers()[2], live, strict=True))
 
 
+@pytest.mark.parametrize("precision", list(Precision))
 def test_a_step_that_is_not_finite_changes_nothing(
-    make_moco: Callable[..., MoCo], make_batch: Callable[..., object]
+    make_moco: Callable[..., MoCo], make_batch: Callable[..., object], precision: Precision
 ) -> None:
-    engine = engine_for(make_moco())
+    engine = engine_for(make_moco(), precision)
     engine.step(make_batch(), plan(0))
     batch = make_batch(start=8)
     batch.views[0][0, 0, 0, 0] = float("nan")  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from data.drawn import draw_image_folder
 from data.shard import ShardConfig
 from data.shard import run as shard
 from pipeline import distributed, evaluate
+from pipeline.checkpoint import TrainState
 from pipeline.config import load
-from pipeline.preemption import StopRequest
+from pipeline.preemption import SIGNALS, StopRequest
 from pipeline.run_directory import RunDirectory
 from pipeline.train import build, train
 
@@ -29,7 +31,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Path:
     papers = RunDirectory(config)
     parts = build(config, world)
     papers.open(overrides)
-    assert train(config, world, StopRequest(), parts, papers) == 0
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert train(config, world, StopRequest(), parts, TrainState(), papers) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return directory
 
 
@@ -67,6 +74,23 @@ def test_other_shards_as_queries(runs: Path, tmp_path: Path) -> None:
     shard(ShardConfig(str(tmp_path / "three"), str(tmp_path / "shards3"), workers=1))
     with pytest.raises(ValueError, match=r"has 3 classes, .* has 4 or others; both must be sharded from"):
         knn(runs, f"shards={tmp_path / 'shards3'}")
+
+
+def test_a_run_that_was_moved_is_evaluated_where_it_is(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "r", tmp_path / "elsewhere" / "r")
+    (tmp_path / "elsewhere" / "r" / "checkpoints" / "step_00000002").rename(
+        tmp_path / "elsewhere" / "r" / "checkpoints" / "step_00000001"
+    )
+    assert knn(tmp_path / "elsewhere")["checkpoint"] == "step_00000001"
+
+
+def test_too_few_samples_to_hold_out_are_refused(runs: Path, tmp_path: Path) -> None:
+    draw_image_folder(tmp_path / "two", classes=2, per_class=2, size=48)
+    shard(ShardConfig(str(tmp_path / "two"), str(tmp_path / "shards2"), workers=1))
+    config = load("evaluate", ["run=r", f"runs={runs}"])
+    training = load("train", [*RUN, "run=r", f"runs={runs}", f"data.shards={tmp_path / 'shards2'}"])
+    with pytest.raises(ValueError, match="shards: 4 samples are too few to hold some out"):
+        evaluate.splits(config, training)
 
 
 @pytest.mark.parametrize(

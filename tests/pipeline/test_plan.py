@@ -52,7 +52,7 @@ def test_stages_cover_the_budget_and_count_the_frozen_prefix() -> None:
     assert sum(r.samples * r.cost for r in rows) == pytest.approx(1000)
     assert rows[0].cost == pytest.approx((3 * 33 + 65) / 197)
     assert rows[3].cost == pytest.approx((2 * 197 + 197) / 197)
-    assert uncompressed_cost(config, build_schedules(config, method), method) == pytest.approx(4)
+    assert uncompressed_cost(build_schedules(config, method), method) == pytest.approx(4)
 
 
 def test_plan_prints_and_draws(tmp_path: Path, drawn_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

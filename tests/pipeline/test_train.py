@@ -229,8 +229,11 @@ def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
     life.send(signal.SIGTERM)
     life.end()
     assert "resume=never was said; say overwrite=true" in refuse(train("run", 1, "resume=never"))
+    papers = {p.name: p.read_bytes() for p in life.directory.iterdir() if p.suffix in (".yaml", ".json", ".jsonl")}
     assert "batch_size must stay what it was" in refuse(train("run", 1, "batch_size=8"))
     assert "processes must stay what it was" in refuse(train("run", 2))
+    assert "engine.precision must stay what it was" in refuse(train("run", 1, "engine.precision=bf16"))
+    assert papers == {name: (life.directory / name).read_bytes() for name in papers}
     fresh = train("run", 1, "overwrite=true", "budget.value=2")
     fresh.succeed()
     assert len(fresh.losses()) == 2
@@ -244,3 +247,21 @@ def test_refusals_before_anything_is_written(train: Train, tmp_path: Path) -> No
     (tmp_path / "other" / "thesis.tex").touch()
     assert "holds something that is not a run" in refuse(train("other"))
     assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:
+    words = ["train", "run=t", f"runs={tmp_path}", f"data.shards={drawn_shards}", *TINY, "budget.value=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        [*launcher, "-m", "pipeline.cli", *words],
+        env=inherited | {"OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 process(es) on cpu" in done.stdout
+    assert json.loads((tmp_path / "t" / "status.json").read_text())["state"] == "finished"
