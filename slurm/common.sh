@@ -33,9 +33,11 @@ find_coldpress() {
     fi
 }
 
-# Let every task find the first node.
+# Let every task find the first node. What the submitting shell had of another launcher would make every task
+# a run of its own.
 export_rendezvous() {
     local nodes
+    unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 }

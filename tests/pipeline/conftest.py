@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,18 @@ class FakeBatch:
     views: tuple[torch.Tensor, ...]
     index: torch.Tensor
     labels: torch.Tensor | None = None
+
+
+@pytest.fixture(autouse=True)
+def own_rank_variables() -> Iterator[None]:
+    """Keep what `distributed.start` sets from the commands that other tests start."""
+    before = {name: os.environ.get(name) for name in RANK_NAMES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

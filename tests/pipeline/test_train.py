@@ -251,7 +251,7 @@ def test_refusals_before_anything_is_written(train: Train, tmp_path: Path) -> No
 
 def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:
     words = ["train", "run=t", f"runs={tmp_path}", f"data.shards={drawn_shards}", *TINY, "budget.value=2"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = subprocess.run(
         [*launcher, "-m", "pipeline.cli", *words],

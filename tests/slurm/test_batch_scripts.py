@@ -101,6 +101,16 @@ def test_as_shipped_every_gpu_of_a_node_has_its_task(desk, tmp_path):
     assert {t["env"]["CUDA_VISIBLE_DEVICES"] for t in tasks.values()} == {"0,1,2,3,4,5,6,7"}
 
 
+def test_what_another_launcher_left_in_the_shell_reaches_no_task(desk, tmp_path, monkeypatch):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    job = desk.submit(RECORD, "run=a", options=["--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"])
+    assert desk.slurm.wait(job)["JobState"] == "COMPLETED", desk.log.read_text()
+    [task] = records(tmp_path).values()
+    assert not [name for name in names if name in task["env"]]
+
+
 @pytest.mark.parametrize("command", ["shard", "evaluate"])
 def test_single_task_scripts_hand_everything_on(command, desk, tmp_path):
     job = desk.submit(RECORD, "source=/a b", script=f"{command}.sbatch")
