@@ -89,7 +89,7 @@ def _table(rows: list[StageRow], method: Method) -> str:
 def _totals(config: TrainConfig, rows: list[StageRow], dense: float, epoch: int | None) -> str:
     samples = sum(row.samples for row in rows)
     cost = sum(row.samples * row.cost for row in rows)
-    total = f"budget: {config.budget.value:,g} {config.budget.unit.value}"
+    total = f"budget: {config.budget.value:,.10g} {config.budget.unit.value}"
     return "\n".join(
         [
             total,

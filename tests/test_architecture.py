@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
 # Commands stand on everything below them; only the command line and `plan`, which plans a training run, name one.
 COMMAND_ARROWS = {"pipeline", "data", "monitoring"}
 DOORS = {
-    "deepspeed": {"pipeline/engine.py", "pipeline/checkpoint.py"},
+    "deepspeed": {"pipeline/engine.py"},
     "nvidia": {"data/dali.py"},
     "prometheus_client": {"monitoring/"},
     "hydra": {"pipeline/config.py"},
