@@ -21,7 +21,7 @@ from pipeline.methods import build_method
 from pipeline.models.vit import ViT
 from pipeline.probes.features import extract
 from pipeline.probes.knn import knn_accuracy
-from pipeline.run_directory import read_config
+from pipeline.run_directory import read_overrides
 
 # Without shards of its own an evaluation classifies this share of the training shards by the rest.
 HELD_OUT = 0.2
@@ -40,7 +40,7 @@ class Split:
 def run(config: EvaluateConfig) -> None:
     """Print the weighted k-NN accuracy for each k and write it to the run's eval/ directory."""
     directory = Path(config.runs) / config.run
-    training: TrainConfig = load("train", read_config(directory))
+    training: TrainConfig = load("train", read_overrides(directory))
     support, queries = splits(config, training)
     encoder, name = load_encoder(config, training)
     world = distributed.start()

@@ -42,14 +42,14 @@ class Meter:
         """Return the mean over the process's life."""
         return self.elapsed / max(1.0, self.totals["samples_total"])
 
-    def count(self, plan: StepPlan, result: StepResult, data_wait: float) -> None:
+    def count(self, plan: StepPlan, result: StepResult, sample_cost: float, data_wait: float) -> None:
         """Count one step; `data_wait` is the loader's cumulative waiting time in seconds."""
         if self._start_progress is None:
             self._start_progress = plan.progress
         self.totals["steps_total"] += 1
         self.totals["samples_total"] += self._global_batch
         self.totals["tokens_total"] += self._global_batch * self._method.tokens(plan)
-        self.totals["cost_total"] += self._global_batch * self._method.sample_cost(plan)
+        self.totals["cost_total"] += self._global_batch * sample_cost
         self.totals["data_wait_seconds_total"] = data_wait
         self.totals["skipped_steps_total"] += not result.applied
 

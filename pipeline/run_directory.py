@@ -72,7 +72,7 @@ class RunDirectory:
             )
 
 
-def read_config(directory: Path) -> list[str]:
+def read_overrides(directory: Path) -> list[str]:
     """Return the overrides with which a run was started.
 
     Raises:

@@ -77,8 +77,9 @@ def train(
             break
         plan = parts.schedules.at(_progress(parts.budget, state))
         result = parts.engine.step(batch, plan)
-        state.advance(config.batch_size, parts.method.sample_cost(plan))
-        meter.count(plan, result, parts.loader.wait_seconds)
+        cost = parts.method.sample_cost(plan)
+        state.advance(config.batch_size, cost)
+        meter.count(plan, result, cost, parts.loader.wait_seconds)
         finished = _progress(parts.budget, state) >= 1
 
         if state.step % config.log_every == 0 or finished:

@@ -68,7 +68,8 @@ class MoCo(Method):
         self.projector = head(3, encoder.embed_dim)
         self.predictor = head(2, config.out_dim)
         # In a tuple, out of nn.Module's sight: the engine must not cast, shard or optimize it.
-        self._target = (MomentumEncoder(self._online()),)
+        online = nn.ModuleDict({"encoder": encoder, "projector": self.projector})
+        self._target = (MomentumEncoder(online),)
 
     def views(self) -> Sequence[ViewSpec]:
         """Return MoCo-v3's two asymmetric views."""
@@ -85,7 +86,7 @@ class MoCo(Method):
 
     def after_step(self, plan: StepPlan) -> None:
         """Move the momentum encoder towards the stepped weights."""
-        self._target[0].update(self._online(), plan.momentum)
+        self._target[0].update(plan.momentum)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the momentum encoder to where the engine computes."""
@@ -122,9 +123,6 @@ class MoCo(Method):
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore the momentum encoder."""
         self._target[0].load(state)
-
-    def _online(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"encoder": self.encoder, "projector": self.projector})
 
     def _pairs(self) -> int:
         return 2 if self.config.symmetric else 1

@@ -20,6 +20,8 @@ class MomentumEncoder:
     """
 
     def __init__(self, online: nn.Module) -> None:
+        # Parameters keep their identity through moves, casts and sharding of the optimizer.
+        self._online = list(online.parameters())
         self.network = copy.deepcopy(online).requires_grad_(False).train()
         self._parameters: list[Tensor] = list(self.network.parameters())
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
@@ -34,9 +36,9 @@ class MomentumEncoder:
             self._average = [p.detach() for p in self._parameters]
 
     @torch.no_grad()
-    def update(self, online: nn.Module, momentum: float) -> None:
+    def update(self, momentum: float) -> None:
         """Move the average by 1 - momentum towards the online parameters."""
-        target = [at_least_fp32(p.detach()) for p in online.parameters()]
+        target = [at_least_fp32(p.detach()) for p in self._online]
         torch._foreach_lerp_(self._average, target, 1 - momentum)
         self._publish()
 

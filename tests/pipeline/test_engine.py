@@ -108,7 +108,7 @@ def test_momentum_encoder_keeps_fp32_under_bf16(
     for step in range(3):
         now = StepPlan(0.5, 2e-3, 0.1, 0.999, (1e-3,) * 4)
         assert engine.step(make_batch(start=8 * step), now).applied
-        online = [p.detach().float() for p in moco._online().parameters()]
+        online = [p.detach().float() for p in (*moco.encoder.parameters(), *moco.projector.parameters())]
         want = [w.lerp(p, 1 - 0.999) for w, p in zip(want, online, strict=True)]
     for average, expected in zip(target._average, want, strict=True):
         assert average.dtype == torch.float32
