@@ -77,8 +77,9 @@ class Ledger:
         if not path.exists():
             return None
         fields = json.loads(path.read_text(encoding="ascii"))
-        rejected = [(name, reason) for name, reason in fields["rejected"]]
-        return PackedShard(Shard(**fields["shard"]), rejected, fields["reencoded"])
+        shard = Shard(**fields.pop("shard"))
+        rejected = [(name, reason) for name, reason in fields.pop("rejected")]
+        return PackedShard(shard, rejected, **fields)
 
     def _record_path(self, shard_name: str) -> Path:
         return self.folder / f"{shard_name}.json"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_VERSION = "v1.2"
 
@@ -31,12 +31,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record of a finished set. Class ids are positions in ``classes``; no classes means no labels."""
+    """The record of a finished set. Class ids are positions in ``classes``; no classes means no labels.
+
+    max_height, max_width: pixels of the tallest and of the widest image, not one and the same as a rule.
+    treatments: how many samples came in by each `data.images` treatment.
+    """
 
     schema_version: int
     classes: tuple[str, ...]
     samples: int
     bytes: int
+    max_height: int
+    max_width: int
+    treatments: dict[str, int]
     shards: tuple[Shard, ...]
     source: str
     options: dict[str, Any]

@@ -1,25 +1,20 @@
 """Write one shard: test-decode its images, pack them into a tar, index it."""
 
 import hashlib
-import io
 import json
 import os
 import tarfile
-import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-
+from data.images import RejectedError, as_jpeg
 from data.manifest import INDEX_VERSION, Shard, index_path, write_atomically
 from data.sources import SourceImage
 
 KEY_DIGITS = 9
 BLOCK = 512  # a tar's unit: headers take one, contents are padded to a multiple
-SHALLOW_MODES = frozenset(
-    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
-)
 
 
 @dataclass(frozen=True)
@@ -40,15 +35,13 @@ class PackedShard:
 
     shard: Shard
     rejected: list[tuple[str, str]]
-    reencoded: int
+    treatments: dict[str, int]
+    max_height: int
+    max_width: int
 
     @property
     def images(self) -> int:
         return self.shard.samples + len(self.rejected)
-
-
-class RejectedError(Exception):
-    """An image that does not decode; the message says why."""
 
 
 def keep_or_pack(task: ShardTask) -> PackedShard:
@@ -68,7 +61,7 @@ def pack(task: ShardTask) -> PackedShard:
     try:
         with temporary.open("wb") as file:
             writer = _TarWriter(file)
-            rejected, reencoded = _add_images(writer, task)
+            seen = _add_images(writer, task)
             size = writer.close()
         rows = "".join(f"{row}\n" for row in writer.rows)
         index = f"{INDEX_VERSION} {len(writer.rows)}\n{rows}".encode("ascii")
@@ -84,64 +77,35 @@ def pack(task: ShardTask) -> PackedShard:
         temporary.unlink(missing_ok=True)
     index_sha256 = hashlib.sha256(index).hexdigest()
     shard = Shard(tar.name, len(writer.rows), size, writer.digest.hexdigest(), index_sha256)
-    return PackedShard(shard, rejected, reencoded)
+    return PackedShard(shard, seen.rejected, dict(seen.treatments), seen.max_height, seen.max_width)
 
 
-def _add_images(writer: "_TarWriter", task: ShardTask) -> tuple[list[tuple[str, str]], int]:
-    """Add every image that decodes; return what was rejected and how many were re-encoded."""
-    rejected, reencoded = [], 0
+@dataclass
+class _Seen:
+    """What became of the images of one shard."""
+
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    treatments: Counter[str] = field(default_factory=Counter)
+    max_height: int = 0
+    max_width: int = 0
+
+
+def _add_images(writer: "_TarWriter", task: ShardTask) -> _Seen:
+    """Add every image that decodes; return what became of all."""
+    seen = _Seen()
     for position, image in enumerate(task.images, start=task.first):
-        original = image.read()
         try:
-            jpeg, width, height = as_jpeg(original, task.shorter_side)
+            jpeg = as_jpeg(image.read(), task.shorter_side)
         except RejectedError as reason:
-            rejected.append((image.path, str(reason)))
+            seen.rejected.append((image.path, str(reason)))
             continue
-        reencoded += jpeg is not original
+        seen.treatments[jpeg.treatment] += 1
+        seen.max_height, seen.max_width = max(seen.max_height, jpeg.height), max(seen.max_width, jpeg.width)
         members = {} if image.label is None else {"cls": str(task.class_ids[image.label]).encode("ascii")}
-        facts = {"path": image.path, "width": width, "height": height}
-        members |= {"jpg": jpeg, "json": json.dumps(facts).encode("ascii")}
+        facts = {"path": image.path, "width": jpeg.width, "height": jpeg.height}
+        members |= {"jpg": jpeg.content, "json": json.dumps(facts).encode("ascii")}
         writer.add(f"{position:0{KEY_DIGITS}d}", members)
-    return rejected, reencoded
-
-
-def as_jpeg(encoded: bytes, shorter_side: int = 0) -> tuple[bytes, int, int]:
-    """Return (JPEG, width, height): the same bytes if they are a gray or RGB JPEG, else a new RGB one.
-
-    An image whose shorter side exceeds ``shorter_side`` pixels is scaled down to it; 0 keeps every size.
-    Raises RejectedError when the image does not decode completely.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-            if 0 < shorter_side < min(image.size):
-                small = _scale(image, shorter_side)
-                return _encode(small), small.width, small.height
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return encoded, image.width, image.height
-            return _encode(image), image.width, image.height
-    except (MemoryError, RejectedError):
-        raise
-    except Exception as error:  # damaged files make Pillow's plugins raise almost anything
-        raise RejectedError(str(error).partition("<_io")[0].strip() or type(error).__name__) from None
-
-
-def _scale(image: Image.Image, shorter_side: int) -> Image.Image:
-    factor = shorter_side / min(image.size)
-    size = (round(image.width * factor), round(image.height * factor))
-    return _as_rgb(image).resize(size, Image.Resampling.BICUBIC)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode not in SHALLOW_MODES:
-        raise RejectedError(f"mode {image.mode} has more than 8 bits per channel")
-    return image.convert("RGB")
-
-
-def _encode(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    _as_rgb(image).save(out, "JPEG", quality=95, subsampling="4:4:4")
-    return out.getvalue()
+    return seen
 
 
 class _TarWriter:

@@ -9,6 +9,7 @@ import io
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,9 @@ def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: 
         classes=source.classes,
         samples=sum(shard.samples for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
+        max_height=max(done.max_height for done in packed),
+        max_width=max(done.max_width for done in packed),
+        treatments=dict(sorted(sum((Counter(done.treatments) for done in packed), Counter()).items())),
         shards=shards,
         source=str(Path(config.source).resolve()),
         options=plan,
@@ -156,10 +160,10 @@ def _table(manifest: Manifest, packed: list[PackedShard], seconds: float) -> str
         "source": manifest.source,
         "classes": len(manifest.classes) or "none (unlabelled)",
         "samples": manifest.samples,
-        "re-encoded": sum(done.reencoded for done in packed),
+        **manifest.treatments,
         "rejected": f"{rejected} (see {REJECTED_NAME})" if rejected else 0,
         "shards": len(manifest.shards),
         "megabytes": f"{manifest.bytes / 1e6:.1f}",
         "seconds": f"{seconds:.1f}",
     }
-    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<16}{value}" for name, value in rows.items())

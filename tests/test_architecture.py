@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.compression",
         "pipeline.distributed",
         "data.views",
+        "data.recipes",
     },
     "pipeline.engine": {"pipeline.methods", "pipeline.optim", "pipeline.schedules"},
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from data.recipes import moco_views
 from data.views import ViewSpec
 from pipeline.compression import Compression, PatchScaling
 from pipeline.distributed import at_least_fp32
@@ -73,8 +74,7 @@ class MoCo(Method):
 
     def views(self) -> Sequence[ViewSpec]:
         """Return MoCo-v3's two asymmetric views."""
-        view = partial(ViewSpec, size=self.encoder.config.image_size, scale=(self.config.crop_min, 1.0))
-        return [view(blur=1.0), view(blur=0.1, solarize=0.2)]
+        return moco_views(self.encoder.config.image_size, self.config.crop_min)
 
     def forward(self, batch: Batch, plan: StepPlan) -> StepOutput:
         """Return the contrastive loss, summed over the pairs."""

@@ -18,7 +18,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data import pack
+from data import images
 from data.ledger import LEDGER_NAME, Ledger
 from data.manifest import MANIFEST_NAME, Manifest
 from data.shard import REJECTED_NAME, ShardConfig, run
@@ -124,7 +124,7 @@ def test_a_flat_source_has_no_labels(tmp_path):
 @pytest.mark.parametrize("options", [{"subsampling": "4:2:0"}, {"progressive": True}, {"quality": 30}])
 def test_gray_and_rgb_jpegs_keep_their_bytes(mode, options):
     original = encoded(noise(mode), "JPEG", **options)
-    assert pack.as_jpeg(original) == (original, 24, 16)
+    assert images.as_jpeg(original) == (original, 24, 16, "kept")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_gray_and_rgb_jpegs_keep_their_bytes(mode, options):
 )
 def test_other_images_become_rgb_jpegs(form, mode):
     original = encoded(noise(mode), form)
-    jpeg, width, height = pack.as_jpeg(original)
+    jpeg, width, height, _ = images.as_jpeg(original)
     with Image.open(io.BytesIO(jpeg)) as image, Image.open(io.BytesIO(original)) as source:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (width, height))
         assert not image.info.get("progressive")
@@ -145,7 +145,7 @@ def test_other_images_become_rgb_jpegs(form, mode):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_larger_images_are_scaled_down_to_the_shorter_side(mode):
     original = encoded(noise(mode).resize((60, 40)), "JPEG")
-    jpeg, width, height = pack.as_jpeg(original, shorter_side=20)
+    jpeg, width, height, _ = images.as_jpeg(original, shorter_side=20)
     assert (width, height) == (30, 20)
     with Image.open(io.BytesIO(jpeg)) as image, Image.open(io.BytesIO(original)) as source:
         assert (image.mode, image.size) == ("RGB", (30, 20))
@@ -155,7 +155,7 @@ def test_larger_images_are_scaled_down_to_the_shorter_side(mode):
 
 def test_images_that_are_small_enough_keep_their_bytes():
     original = encoded(noise(), "JPEG")
-    assert pack.as_jpeg(original, shorter_side=16) == (original, 24, 16)
+    assert images.as_jpeg(original, shorter_side=16) == (original, 24, 16, "kept")
 
 
 def test_another_shorter_side_is_another_set(drawn_folder, tmp_path):
@@ -176,8 +176,8 @@ def test_another_shorter_side_is_another_set(drawn_folder, tmp_path):
     ],
 )
 def test_damaged_images_are_rejected_with_a_reason(damage, reason):
-    with pytest.raises(pack.RejectedError, match=reason) as error:
-        pack.as_jpeg(damage(encoded(noise(), "JPEG")))
+    with pytest.raises(images.RejectedError, match=reason) as error:
+        images.as_jpeg(damage(encoded(noise(), "JPEG")))
     assert "0x" not in str(error.value)  # an address would differ from run to run
 
 
@@ -335,7 +335,7 @@ def test_an_unfinished_output_of_another_plan_is_refused(drawn_folder, tmp_path)
 
 SLOW_PACKING = """
 import time
-from data import pack
+from data import images, pack
 
 def slow(task):
     time.sleep(0.1)
