@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.images import RejectedError, as_jpeg
+from data.images import ImagePolicy, RejectedError, as_jpeg
 from data.manifest import INDEX_VERSION, Shard, index_path, write_atomically
 from data.sources import SourceImage
 
@@ -95,7 +95,7 @@ def _add_images(writer: "_TarWriter", task: ShardTask) -> _Seen:
     seen = _Seen()
     for position, image in enumerate(task.images, start=task.first):
         try:
-            jpeg = as_jpeg(image.read(), task.shorter_side)
+            jpeg = as_jpeg(image.read(), ImagePolicy(task.shorter_side))
         except RejectedError as reason:
             seen.rejected.append((image.path, str(reason)))
             continue

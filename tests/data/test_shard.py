@@ -145,7 +145,7 @@ def test_other_images_become_rgb_jpegs(form, mode):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_larger_images_are_scaled_down_to_the_shorter_side(mode):
     original = encoded(noise(mode).resize((60, 40)), "JPEG")
-    jpeg, width, height, _ = images.as_jpeg(original, shorter_side=20)
+    jpeg, width, height, _ = images.as_jpeg(original, images.ImagePolicy(shorter_side=20))
     assert (width, height) == (30, 20)
     with Image.open(io.BytesIO(jpeg)) as image, Image.open(io.BytesIO(original)) as source:
         assert (image.mode, image.size) == ("RGB", (30, 20))
@@ -155,7 +155,7 @@ def test_larger_images_are_scaled_down_to_the_shorter_side(mode):
 
 def test_images_that_are_small_enough_keep_their_bytes():
     original = encoded(noise(), "JPEG")
-    assert images.as_jpeg(original, shorter_side=16) == (original, 24, 16, "kept")
+    assert images.as_jpeg(original, images.ImagePolicy(shorter_side=16)) == (original, 24, 16, "kept")
 
 
 def test_another_shorter_side_is_another_set(drawn_folder, tmp_path):
