@@ -1,4 +1,14 @@
-"""What becomes of an image at sharding: kept byte for byte, re-encoded, or rejected with the reason."""
+"""What becomes of an image at sharding: kept byte for byte, re-encoded, or rejected with the reason.
+
+The picture is always the one that Pillow shows of the file, which is what published ImageNet runs were trained
+on: the first frame, the orientation of the stored pixels (an EXIF rotation is ignored, kept or re-encoded),
+transparency dropped.
+
+Kept: gray and RGB JPEGs of the three coding processes that decoders of all devices know. Progressive ones are
+among them, though GPUs decode them outside the JPEG engine: Pillow cannot make them baseline without loss.
+Re-encoded to baseline RGB: CMYK, all other formats, and JPEGs that only a forgiving decoder reads. 16-bit gray
+PNGs are scaled to 8 bits, as their format defines black and white; deeper or undefined ranges are rejected.
+"""
 
 import io
 import math
@@ -6,16 +16,23 @@ import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-SHALLOW_MODES = frozenset(
-    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
-)
+from data.jpeg import BASELINE, EXTENDED, PROGRESSIVE, JpegHeader, count_scans, has_end, read_header
+
 KEPT = "kept"
+# Listed, because Pillow knows dozens more, one of which starts an interpreter of PostScript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_SIDE = 65_500  # libjpeg's limit
+MAX_SCANS = 200  # encoders write about ten; each costs a pass over the image
+PILLOW_MAX_PIXELS = 178_956_970  # Pillow opens nothing larger
+_EXIF_ORIENTATION = 0x0112
+_SHALLOW_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
 
 class RejectedError(Exception):
-    """An image that does not decode; the message says why."""
+    """An image that cannot be trained on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class ImagePolicy:
 
     shorter_side: pixels to which larger images are scaled down, 0 = none; quality: of JPEGs that are encoded anew,
     1 to 100; max_pixels, max_aspect_ratio: images beyond are rejected by their header, before they are decoded.
+    A decoded image takes 4 to 10 bytes a pixel; a view of evaluation of a 100:1 image, 20 MB.
     """
 
     shorter_side: int = 0
@@ -32,16 +50,20 @@ class ImagePolicy:
     max_aspect_ratio: float = 100.0
 
     def __post_init__(self) -> None:
-        for name, least in (("shorter_side", 0), ("quality", 1), ("max_pixels", 1), ("max_aspect_ratio", 1)):
+        for name, least, most in (
+            ("shorter_side", 0, MAX_SIDE),
+            ("quality", 1, 100),
+            ("max_pixels", 1, PILLOW_MAX_PIXELS),
+            ("max_aspect_ratio", 1, MAX_SIDE),
+        ):
             value = getattr(self, name)
-            if not (least <= value and math.isfinite(value)):
-                raise ValueError(f"shard.{name}: must be at least {least}, not {value}.")
-        if self.quality > 100:
-            raise ValueError(f"shard.quality: must be 1 to 100, not {self.quality}; 95 is the default.")
+            if not (math.isfinite(value) and least <= value <= most):
+                default = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"shard.{name}: must be {least} to {most}, not {value}; the default is {default}.")
 
 
 class Jpeg(NamedTuple):
-    """An image as it goes into a shard; ``treatment`` is KEPT or says why it was encoded anew."""
+    """An image as it goes into a shard; ``treatment`` begins with KEPT or says why it was encoded anew."""
 
     content: bytes
     width: int
@@ -50,39 +72,122 @@ class Jpeg(NamedTuple):
 
 
 def as_jpeg(encoded: bytes, policy: ImagePolicy = ImagePolicy()) -> Jpeg:
-    """Return the same bytes if they are a gray or RGB JPEG, else a new RGB one.
+    """Return the same bytes if they are a gray or RGB JPEG, else a new RGB one; decode them once.
 
     An image whose shorter side exceeds ``policy.shorter_side`` pixels is scaled down to it; 0 keeps every size.
-    Raises RejectedError when the image does not decode completely.
+    Raises RejectedError for what is no image, does not decode completely, or exceeds the limits of the policy;
+    ValueError when memory ends, which is not the image's fault.
     """
+    if not encoded:
+        raise RejectedError("empty file")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
-            image.load()
+        with warnings.catch_warnings(action="ignore"), _open(encoded, policy) as image:
+            header = _check_scans(encoded) if image.format in ("JPEG", "MPO") else None
             if 0 < policy.shorter_side < min(image.size):
-                small = _scale(image, policy.shorter_side)
-                return Jpeg(_encode(small, policy), small.width, small.height, "scaled down")
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                return Jpeg(encoded, image.width, image.height, KEPT)
-            return Jpeg(_encode(image, policy), image.width, image.height, f"re-encoded {image.format}")
-    except (MemoryError, RejectedError):
+                return _encode(_scale(_as_rgb(image), policy.shorter_side), policy, "scaled down")
+            if header and header.frame in (BASELINE, EXTENDED, PROGRESSIVE) and image.mode in ("RGB", "L"):
+                return _keep(encoded, image, header)
+            treatment = f"re-encoded {_kind(image, header)}"
+            return _encode(_as_rgb(image), policy, treatment)
+    except RejectedError:
         raise
+    except MemoryError:
+        raise ValueError("shard.workers: memory ended while an image was decoded; use fewer workers.") from None
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
-        raise RejectedError(str(error).partition("<_io")[0].strip() or type(error).__name__) from None
+        raise RejectedError(_reason(error)) from None
+
+
+def _open(encoded: bytes, policy: ImagePolicy) -> Image.Image:
+    """Read the header and refuse what must not be decoded."""
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise RejectedError(_unidentified(encoded)) from None
+    except Image.DecompressionBombError:
+        raise RejectedError(f"has more pixels than max_pixels={policy.max_pixels}") from None
+    width, height = image.size
+    if min(width, height) < 1:
+        raise RejectedError(f"has {width}x{height} pixels")
+    if width * height > policy.max_pixels:
+        raise RejectedError(f"{width}x{height} pixels are more than max_pixels={policy.max_pixels}")
+    if max(width, height) > policy.max_aspect_ratio * min(width, height):
+        raise RejectedError(f"{width}x{height} pixels are longer than max_aspect_ratio={policy.max_aspect_ratio:g}")
+    if max(width, height) > MAX_SIDE:
+        raise RejectedError(f"{width}x{height} pixels: a JPEG has sides of at most {MAX_SIDE}")
+    return image
+
+
+def _unidentified(encoded: bytes) -> str:
+    if encoded[:2] == b"\xff\xd8":
+        return "broken: the header of the JPEG is damaged or of a kind that is not supported"
+    if encoded[:512].lstrip()[:1] == b"<":
+        return "not an image but markup (HTML, XML or SVG)"
+    if not any(encoded):
+        return "not an image but zeros"
+    return f"not an image of a supported format ({', '.join(FORMATS)}), or its header is damaged"
+
+
+def _check_scans(encoded: bytes) -> JpegHeader | None:
+    """Return the header of a JPEG, None if it is irregular; refuse a cut file and one of endless scans."""
+    header = read_header(encoded)
+    if header and not has_end(encoded, header):
+        raise RejectedError("truncated: the JPEG has no end marker")
+    if count_scans(encoded, header.scan if header else 0) > MAX_SCANS:
+        raise RejectedError(f"a JPEG of more than {MAX_SCANS} scans, which takes unbounded time to decode")
+    return header
+
+
+def _keep(encoded: bytes, image: Image.Image, header: JpegHeader) -> Jpeg:
+    """Test-decode a JPEG: every code of it is read, pixels are computed at an eighth of the size only."""
+    (width, height), rotated = image.size, _is_rotated(image)
+    image.draft("L", (max(1, width // 8), max(1, height // 8)))
+    image.load()
+    facts = [KEPT, *["progressive"] * (header.frame == PROGRESSIVE), *["EXIF rotation ignored"] * rotated]
+    return Jpeg(encoded, width, height, ", ".join(facts))
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    if "exif" not in image.info:
+        return False
+    try:
+        return bool(image.getexif().get(_EXIF_ORIENTATION, 1) != 1)
+    except Exception:  # Pillow raises almost anything; what cannot be read rotates nothing
+        return False
+
+
+def _kind(image: Image.Image, header: JpegHeader | None) -> str:
+    """Say what kind of file it is that cannot be kept."""
+    if image.format in ("JPEG", "MPO"):
+        return f"{image.mode} JPEG" if image.mode not in ("RGB", "L") else "irregular JPEG"
+    animated = " (first frame)" if getattr(image, "n_frames", 1) > 1 else ""
+    deep = "16-bit " if image.mode == "I;16" else ""
+    return f"{deep}{image.format}{animated}"
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "PNG" and image.mode == "I;16":
+        levels = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode not in _SHALLOW_MODES:
+        raise RejectedError(f"{image.format} of mode {image.mode}: scale its values to 8 bits per channel yourself")
+    return image.convert("RGB")
 
 
 def _scale(image: Image.Image, shorter_side: int) -> Image.Image:
     factor = shorter_side / min(image.size)
     size = (round(image.width * factor), round(image.height * factor))
-    return _as_rgb(image).resize(size, Image.Resampling.BICUBIC)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode not in SHALLOW_MODES:
-        raise RejectedError(f"mode {image.mode} has more than 8 bits per channel")
-    return image.convert("RGB")
-
-
-def _encode(image: Image.Image, policy: ImagePolicy) -> bytes:
+def _encode(image: Image.Image, policy: ImagePolicy, treatment: str) -> Jpeg:
     out = io.BytesIO()
-    _as_rgb(image).save(out, "JPEG", quality=policy.quality, subsampling="4:4:4")
-    return out.getvalue()
+    image.save(out, "JPEG", quality=policy.quality, subsampling="4:4:4")
+    return Jpeg(out.getvalue(), image.width, image.height, treatment)
+
+
+def _reason(error: Exception) -> str:
+    """Say it in the user's words; Pillow's own may hold addresses that differ from run to run."""
+    message = str(error).partition("<_io")[0].strip() or type(error).__name__
+    if "truncated" in message.lower():
+        return "truncated: its data ends early"
+    return f"broken: its data does not decode ({message})"
