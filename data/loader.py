@@ -6,11 +6,9 @@ Nothing forks, and nothing holds random state: `Loader.batches(start)` yields th
 restart, with other ranks, batch sizes or threads.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.dali import Encoded, ViewPipeline
+from data.dali import ViewPipeline
+from data.defects import Defects, find_undecodable
+from data.feed import Feed, Share
 from data.manifest import Manifest, SampleIndex
 from data.order import FixedOrder, Order, ShuffledOrder
-from data.reader import Reader, Sample
-from data.views import ViewSpec, draw
-
-# Reading waits for the file system rather than the processor, so more threads than cores are of use.
-_READ_THREADS = 8
-_SAMPLES_PER_READ = 16
+from data.reader import Reader
+from data.resources import processes_here, share_of_cores, usual_prefetch
+from data.staging import Originals, Stage, needs
+from data.views import ViewSpec
 
 
 @dataclass
@@ -35,21 +33,33 @@ class LoaderConfig:
     """shards: directory that `coldpress shard` wrote. device: where views are made.
 
     device "auto" means the GPU if the model is on one. threads of DALI: 0 = this process's share of the cores.
-    prefetch: batches made ahead of the model.
+    prefetch: batches made ahead of the model, 0 = by their size. max_bad_samples: how many samples that broke
+    after sharding each process may replace before it gives up. staging: folder on a local disk for copies of the
+    shards that are read next; the processes of a node share ``staging_gigabytes`` there.
     """
 
     shards: str = ""
     device: str = "auto"
     threads: int = 0
-    prefetch: int = 2
+    prefetch: int = 0
+    max_bad_samples: int = 100
+    staging: str = ""
+    staging_gigabytes: float = 100.0
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "gpu"):
             raise ValueError(f"data.device: must be auto, cpu or gpu, not {self.device!r}; leave it at auto.")
         if self.threads < 0:
             raise ValueError(f"data.threads: must be at least 0, not {self.threads}; 0 divides the cores.")
-        if self.prefetch < 1:
-            raise ValueError(f"data.prefetch: must be at least 1, not {self.prefetch}; 2 is usual.")
+        if self.prefetch < 0:
+            raise ValueError(f"data.prefetch: must be at least 0, not {self.prefetch}; 0 decides by the batch's size.")
+        if self.max_bad_samples < 0:
+            raise ValueError(f"data.max_bad_samples: must be at least 0, not {self.max_bad_samples}; 0 allows none.")
+        if not self.staging_gigabytes > 0:
+            raise ValueError(
+                f"data.staging_gigabytes: must be above 0, not {self.staging_gigabytes:g}; leave data.staging empty "
+                "for no copies."
+            )
 
 
 @dataclass(frozen=True)
@@ -65,24 +75,11 @@ class Batch:
     index: Tensor
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A share whose samples are being read: places in the run, epochs and sample ids, each int64 [B]."""
-
-    index: NDArray[np.int64]
-    epoch: NDArray[np.int64]
-    sample: NDArray[np.int64]
-    chunks: list[Future[list[Sample]]]
-
-    def result(self) -> list[Sample]:
-        return [sample for chunk in self.chunks for sample in chunk.result()]
-
-
 class Loader:
     """Batches of a sharded set, from any place in the run on.
 
-    ``batch_size`` is global: rank r of R takes places [r * b, (r + 1) * b) of each global batch, b = batch_size
-    / R. Without an order the set is shuffled anew in every epoch, without end.
+    ``batch_size`` is global: rank r of R takes every R-th place of each global batch, from the r-th on. Without an
+    order the set is shuffled anew in every epoch, without end.
     Raises ValueError for a missing or damaged set and for a batch size that ranks cannot share.
     """
 
@@ -99,7 +96,7 @@ class Loader:
         device: torch.device,
     ) -> None:
         _check_batch_size(batch_size, world_size)
-        self._config, self._specs, self._seed, self._device = config, tuple(views), seed, device
+        self._config, self._specs, self._device = config, tuple(views), device
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._pipeline_device = _pipeline_device(config.device, device)
         self.manifest, index = _load(config.shards)
@@ -108,105 +105,113 @@ class Loader:
         self.wait_seconds = 0.0
         """Seconds the consumer has waited for batches so far."""
         self._order: Order = ShuffledOrder(index.counts, seed) if order is None else order
-        self._reader = Reader(index)
-        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
+        self._prefetch = config.prefetch or usual_prefetch(batch_size // world_size, self._specs)
+        self._defects = Defects(config.max_bad_samples)
+        self._stage = _stage(config, index) if isinstance(self._order, ShuffledOrder) else Originals(index.paths)
+        self._reader = Reader(index, self._stage.path)
+        self._feed = Feed(
+            self._reader,
+            self._order,
+            self._specs,
+            self._defects,
+            seed=seed,
+            batch_size=batch_size,
+            ahead=self._prefetch,
+        )
+
+    @property
+    def bad_samples(self) -> int:
+        """Return how many samples were found broken, and replaced, so far."""
+        return len(self._defects)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield batches from global sample index ``start`` on, endlessly or up to ``stop``, exclusive.
 
         A fixed order ends by itself. The last batch may be short; it is shared as evenly as possible, and a rank
-        with nothing left ends. Raises ValueError, naming shard and member, for a sample that cannot be decoded.
+        with nothing left ends. Raises ValueError, naming shard and member, for one broken sample too many.
         """
         began = time.perf_counter()
-        in_flight: deque[NDArray[np.int64]] = deque()
-        source = self._encoded(self._shares(start, stop), in_flight)
-        pipeline = self._pipeline(source)
+        if isinstance(self._order, ShuffledOrder):
+            self._stage.follow(needs(self._order, start, self._rank, self._world_size))
+        flow = self._open(start, stop)
         try:
             while True:
-                batch = self._next(pipeline, in_flight)
+                try:
+                    batch = self._next(flow)
+                except RuntimeError as error:
+                    flow.pipeline.close()
+                    flow = self._open(self._restart(flow, error), stop)
+                    continue
                 self.wait_seconds += time.perf_counter() - began
                 if batch is None:
                     return
                 yield batch
                 began = time.perf_counter()
         finally:
-            pipeline.close()
+            flow.pipeline.close()
 
     def close(self) -> None:
         """Stop the reading threads and close the tars."""
-        self._pool.shutdown(cancel_futures=True)
+        self._feed.close()
         self._reader.close()
+        self._stage.close()
 
-    def _next(self, pipeline: ViewPipeline, in_flight: deque[NDArray[np.int64]]) -> Batch | None:
-        try:
-            views, tags = next(pipeline)
-        except StopIteration:
-            return None
-        except RuntimeError as error:
-            suspects = [int(sample) for share in in_flight for sample in share]
-            raise self._reader.first_undecodable(suspects) or error from error
-        in_flight.popleft()
-        index, labels = tags.to(self._device).unbind(1)
-        views = tuple(view.to(self._device, non_blocking=True) for view in views)
-        return Batch(views, labels if self.classes else None, index)
-
-    def _pipeline(self, source: Iterator[Encoded]) -> ViewPipeline:
-        return ViewPipeline(
+    def _open(self, start: int, stop: int | None) -> "_Flow":
+        in_flight: deque[Share] = deque()
+        source = self._feed.encoded(self._places(start, stop), in_flight)
+        pipeline = ViewPipeline(
             self._specs,
             source.__next__,
             batch_size=self._batch_size // self._world_size,
             device=self._pipeline_device,
-            threads=self._config.threads or _share_of_cores(),
-            prefetch=self._config.prefetch,
+            threads=self._config.threads or share_of_cores(),
+            prefetch=self._prefetch,
         )
+        return _Flow(pipeline, in_flight)
 
-    def _shares(self, start: int, stop: int | None) -> Iterator[NDArray[np.int64]]:
+    def _next(self, flow: "_Flow") -> Batch | None:
+        try:
+            views, tags = next(flow.pipeline)
+        except StopIteration:
+            return None
+        self._stage.advance(int(flow.in_flight.popleft().places[0]))
+        index, labels = tags.to(self._device).unbind(1)
+        views = tuple(view.to(self._device, non_blocking=True) for view in views)
+        return Batch(views, labels if self.classes else None, index)
+
+    def _restart(self, flow: "_Flow", error: RuntimeError) -> int:
+        """Find the images that broke a pipeline; return the place at which the next one starts.
+
+        Raises the error again when no image is to blame.
+        """
+        found = 0
+        for share in flow.in_flight:
+            samples = self._feed.samples(share)
+            for position in find_undecodable([each.image for each in samples], self._pipeline_device):
+                self._defects.add(self._reader.describe(samples[position].id, "it does not decode"))
+                found += 1
+        if not found:
+            raise error
+        return int(flow.in_flight[0].places[0]) - self._rank
+
+    def _places(self, start: int, stop: int | None) -> Iterator[NDArray[np.int64]]:
         """Yield this rank's places in each global batch."""
         if isinstance(self._order, FixedOrder):
             stop = min(len(self._order), len(self._order) if stop is None else stop)
         while stop is None or start < stop:
             size = self._batch_size if stop is None else min(self._batch_size, stop - start)
-            low, high = (rank * size // self._world_size for rank in (self._rank, self._rank + 1))
-            if low == high:
+            if self._rank >= size:
                 return
-            yield np.arange(start + low, start + high)
+            yield np.arange(start + self._rank, start + size, self._world_size)
             start += size
 
-    def _encoded(self, shares: Iterator[NDArray[np.int64]], in_flight: deque[NDArray[np.int64]]) -> Iterator[Encoded]:
-        """Yield what DALI needs for each share, while the next ``prefetch`` shares are being read."""
-        ahead: deque[_Reading] = deque()
-        for share in shares:
-            ahead.append(self._start_reading(share))
-            if len(ahead) > self._config.prefetch:
-                in_flight.append(ahead[0].sample)
-                yield self._encode(ahead.popleft())
-        for reading in ahead:
-            in_flight.append(reading.sample)
-            yield self._encode(reading)
 
-    def _start_reading(self, index: NDArray[np.int64]) -> _Reading:
-        epoch, sample = self._order.place(index)
-        ids = sample.tolist()
-        chunks = [ids[k : k + _SAMPLES_PER_READ] for k in range(0, len(ids), _SAMPLES_PER_READ)]
-        return _Reading(index, epoch, sample, [self._pool.submit(self._reader.read, ids) for ids in chunks])
+@dataclass(frozen=True)
+class _Flow:
+    """A pipeline and the shares that went into it and have not come out yet."""
 
-    def _encode(self, reading: _Reading) -> Encoded:
-        samples = reading.result()
-        heights, widths = np.array([(each.height, each.width) for each in samples]).T
-        rows = tuple(
-            draw(
-                spec,
-                seed=self._seed,
-                epoch=reading.epoch,
-                sample=reading.sample,
-                view=view,
-                heights=heights,
-                widths=widths,
-            )
-            for view, spec in enumerate(self._specs)
-        )
-        labels = np.array([each.label for each in samples], np.int64)
-        return Encoded([each.image for each in samples], rows, np.stack([reading.index, labels], axis=1))
+    pipeline: ViewPipeline
+    in_flight: deque[Share]
 
 
 def _load(shards: str) -> tuple[Manifest, SampleIndex]:
@@ -221,6 +226,13 @@ def _load(shards: str) -> tuple[Manifest, SampleIndex]:
     return manifest, SampleIndex.load(directory, manifest)
 
 
+def _stage(config: LoaderConfig, index: SampleIndex) -> Originals:
+    if not config.staging:
+        return Originals(index.paths)
+    limit = int(config.staging_gigabytes * 1e9) // processes_here()
+    return Stage(Path(config.staging), limit, index.paths, [shard.bytes for shard in index.manifest.shards])
+
+
 def _check_batch_size(batch_size: int, world_size: int) -> None:
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
@@ -233,13 +245,3 @@ def _pipeline_device(choice: str, device: torch.device) -> torch.device:
     if choice == "gpu" and device.type != "cuda":
         raise ValueError(f"data.device: gpu needs a GPU, but this process trains on {device}; use auto.")
     return torch.device("cpu") if choice == "cpu" else device
-
-
-def _share_of_cores() -> int:
-    """Return the cores for this process: those that Slurm bound it to, else its share of the node's."""
-    cores = len(os.sched_getaffinity(0))
-    if "SLURM_PROCID" in os.environ and cores < (os.cpu_count() or 1):
-        return cores
-    # torchrun sets the one, DeepSpeed's launcher the other.
-    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, cores // int(processes))

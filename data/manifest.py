@@ -93,19 +93,19 @@ class Manifest:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where every sample lies. Row number = sample id; rows follow the manifest's order of shards.
+    """Where every sample of a manifest lies. Row number = sample id; rows follow the manifest's order of shards.
 
     shard int32 [N] (position in ``paths``); offset, size, label_offset, label_size int64 [N] in bytes within
-    the tar (label_size 0: no label); counts: samples per shard.
+    the tar (label_size 0: no label).
     """
 
+    manifest: Manifest
     paths: tuple[Path, ...]
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     label_offset: NDArray[np.int64]
     label_size: NDArray[np.int64]
-    counts: tuple[int, ...]
 
     @classmethod
     def load(cls, directory: Path, manifest: Manifest) -> "SampleIndex":
@@ -115,13 +115,18 @@ class SampleIndex:
         """
         paths = tuple(Path(directory) / shard.name for shard in manifest.shards)
         tables = [_read_shard_index(path, shard) for path, shard in zip(paths, manifest.shards, strict=True)]
-        counts = tuple(shard.samples for shard in manifest.shards)
         columns = np.concatenate(tables, axis=1) if tables else np.zeros((4, 0), np.int64)
+        counts = [shard.samples for shard in manifest.shards]
         shard_of_row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        return cls(paths, shard_of_row, columns[0], columns[1], columns[2], columns[3], counts)
+        return cls(manifest, paths, shard_of_row, columns[0], columns[1], columns[2], columns[3])
 
     def __len__(self) -> int:
         return len(self.shard)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the samples per shard."""
+        return tuple(shard.samples for shard in self.manifest.shards)
 
 
 def index_path(tar: Path) -> Path:

@@ -5,6 +5,7 @@ so the state of the data in a run is one integer, whatever the number of ranks. 
 state: every draw is a counter-based hash, the same on every machine and with every version of numpy.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,6 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+# Numbers of ranks are powers of two as a rule. Any change here breaks the resume of every run under way.
+_MOST_LANES = 64
+_SHARDS_PER_LANE = 4  # at least, for a lane shorter than a shard would hardly be mixed
+_SHARDS_MIXED = 32  # at least, in all lanes' windows together
+_LEAST_WINDOW = 2
+
 # Separate the hashes of shards and of samples from each other and from those of the views.
 _SHARDS, _SAMPLES = 0x736861726473, 0x73616D706C65
 
@@ -61,21 +68,27 @@ class Order(Protocol):
 class ShuffledOrder:
     """An endless run in which every epoch is a new permutation of the set.
 
-    Global index g lies in epoch g // N at position g % N. An epoch permutes the shards, then mixes samples
-    inside windows of ``window`` consecutive shards, so that reading stays near-sequential.
+    Global index g lies in epoch g // N at position g % N. An epoch permutes the shards and cuts their sequence
+    into lanes of equal length, up to one sample; a lane mixes its samples inside windows of consecutive shards;
+    position p is the next sample of lane p % lanes. Rank r of R takes the places with g % R == r: where R divides
+    the lanes it reads the shards of lanes / R of them, near-sequentially, and where it does not, ranks share lanes.
+    The sequence itself knows nothing of ranks.
+
+    Threads may share an order. ``counts``: samples per shard. ``lanes`` grows with the number of shards, to 64.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, window: int = 16) -> None:
-        assert window > 0, window
+    def __init__(self, counts: Sequence[int], seed: int) -> None:
         assert sum(counts) > 0, counts
         self._seed = seed
-        self._window = window
-        self._shards = len(counts)
-        self._shard_of_sample = np.repeat(np.arange(len(counts)), counts)
+        self.counts = np.asarray(counts, np.int64)
+        most = max(1, min(_MOST_LANES, len(self.counts) // _SHARDS_PER_LANE))
+        self.lanes = 1 << (most.bit_length() - 1)
+        self.window = max(_LEAST_WINDOW, _SHARDS_MIXED // self.lanes)
         self._permutations: dict[int, NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._shard_of_sample)
+        return int(self.counts.sum())
 
     def place(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Map global sample indices [n] to (epoch [n], sample id [n]); they may span any number of epochs."""
@@ -83,22 +96,44 @@ class ShuffledOrder:
         sample = np.empty_like(position)
         for each in np.unique(epoch):
             here = epoch == each
-            sample[here] = self._permutation(int(each))[position[here]]
+            sample[here] = self.permutation(int(each))[position[here]]
         return epoch, sample
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """Return the sample ids of an epoch in order, keeping only the last two epochs asked for."""
-        if epoch not in self._permutations:
-            near = {key: ids for key, ids in self._permutations.items() if key == epoch - 1}
-            self._permutations = {**near, epoch: self._draw(epoch)}
-        return self._permutations[epoch]
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """Return the sample ids of an epoch in order [N], keeping only the last two epochs asked for."""
+        with self._lock:
+            if epoch not in self._permutations:
+                near = {key: ids for key, ids in self._permutations.items() if key == epoch - 1}
+                self._permutations = {**near, epoch: self._draw(epoch)}
+            return self._permutations[epoch]
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
-        shard_keys = hashed(_SHARDS, self._seed, epoch, np.arange(self._shards))
-        window_of_shard = np.empty(self._shards, np.int64)
-        window_of_shard[np.argsort(shard_keys, kind="stable")] = np.arange(self._shards) // self._window
-        sample_keys = hashed(_SAMPLES, self._seed, epoch, np.arange(len(self)))
-        return np.lexsort((sample_keys, window_of_shard[self._shard_of_sample])).astype(np.int64)
+        shards = np.argsort(hashed(_SHARDS, self._seed, epoch, np.arange(len(self.counts))), kind="stable")
+        ids, shard_position = self._in_sequence(shards)
+        lane = np.repeat(np.arange(self.lanes), np.diff(self._lane_starts()))
+        # A lane's windows begin where the lane does; its first shard may have begun in the lane before.
+        first_shard = shard_position[np.minimum(self._lane_starts()[:-1], len(self) - 1)]
+        window = (shard_position - first_shard[lane]) // self.window
+        mixed = np.lexsort((hashed(_SAMPLES, self._seed, epoch, ids), window, lane))
+        return ids[mixed][self._dealt()]
+
+    def _in_sequence(self, shards: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the ids of all samples, shard after shard, and the position [N] of each one's shard."""
+        counts = self.counts[shards]
+        first_ids = (np.cumsum(self.counts) - self.counts)[shards]
+        starts = np.cumsum(counts) - counts
+        return np.arange(len(self)) + np.repeat(first_ids - starts, counts), np.repeat(np.arange(len(shards)), counts)
+
+    def _lane_starts(self) -> NDArray[np.int64]:
+        """Return where the lanes begin in the sequence, and its end: [lanes + 1]; the first ones get the rest."""
+        each, rest = divmod(len(self), self.lanes)
+        lanes = np.arange(self.lanes + 1)
+        return lanes * each + np.minimum(lanes, rest)
+
+    def _dealt(self) -> NDArray[np.int64]:
+        """Return, for every position [N], where its sample lies when the lanes stand one after the other."""
+        turn, lane = np.divmod(np.arange(len(self)), self.lanes)
+        return self._lane_starts()[lane] + turn
 
 
 class FixedOrder:

@@ -1,21 +1,19 @@
 """Read samples of a sharded set by their place in the tars."""
 
-import io
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data.manifest import SampleIndex
 
-# A window of the shuffled order and the next one; far below the usual limit of 1024 open files.
-_OPEN_TARS = 64
+# All windows of the shuffled order, for one rank alone; below the usual limit of 1024 open files.
+_OPEN_TARS = 256
 _NO_PAYLOAD = frozenset({0x01, *range(0xD0, 0xD9)})
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _END_OF_HEADERS = frozenset({0xD9, 0xDA})
@@ -26,69 +24,101 @@ _TAR_BLOCK, _TAR_NAME = 512, 100
 class Sample:
     """An encoded image, uint8 [bytes]; its height and width in pixels once decoded; its class, -1 = none."""
 
+    id: int
     image: NDArray[np.uint8]
     height: int
     width: int
     label: int
 
 
-class Reader:
-    """Read samples by id. Threads may share it."""
+@dataclass(frozen=True)
+class Damage:
+    """A sample whose bytes are not what was packed; the message names shard and member, and says why."""
 
-    def __init__(self, index: SampleIndex) -> None:
+    sample: int
+    message: str
+
+
+class Reader:
+    """Read samples by id. Threads may share it.
+
+    ``locate`` says where a shard lies now, if not where the index says; that place may fail at any time.
+    """
+
+    def __init__(self, index: SampleIndex, locate: Callable[[int], Path] | None = None) -> None:
         self._index = index
+        self._locate = locate or index.paths.__getitem__
         # Least recently used tars are let go, so that any number of shards stays within the open-file limit.
         self._tar = lru_cache(_OPEN_TARS)(_Tar)
 
-    def read(self, ids: Iterable[int]) -> list[Sample]:
-        """Read samples. Raises ValueError, naming shard and member, for bytes that are not what was packed."""
+    def read(self, ids: Iterable[int]) -> list[Sample | Damage]:
+        """Read samples. Raises ValueError, naming the shard, when the file system refuses."""
         return [self._sample(sample) for sample in ids]
-
-    def first_undecodable(self, ids: Iterable[int]) -> ValueError | None:
-        """Find the sample that a decoder gave up on; return the error that names it."""
-        for sample in ids:
-            try:
-                Image.open(io.BytesIO(self._sample(sample).image.tobytes())).load()
-            except ValueError as error:
-                return error
-            except (OSError, SyntaxError) as error:
-                return self._broken(sample, str(error))
-        return None
 
     def close(self) -> None:
         """Let go of the open tars."""
         self._tar.cache_clear()
 
-    def _sample(self, sample: int) -> Sample:
-        index = self._index
-        image = self._bytes(sample, int(index.offset[sample]), int(index.size[sample]))
-        label = self._bytes(sample, int(index.label_offset[sample]), int(index.label_size[sample]))
-        try:
-            height, width = jpeg_size(image)
-            return Sample(np.frombuffer(image, np.uint8), height, width, int(label) if label else -1)
-        except ValueError as error:
-            raise self._broken(sample, str(error)) from None
-
-    def _bytes(self, sample: int, offset: int, size: int) -> bytes:
+    def describe(self, sample: int, why: str) -> Damage:
+        """Return what to say about a sample that cannot be used."""
         path = self._index.paths[self._index.shard[sample]]
+        try:
+            header = self._pread(path, _TAR_NAME, int(self._index.offset[sample]) - _TAR_BLOCK)
+        except OSError:
+            header = b"?"
+        member = header.partition(b"\0")[0].decode("ascii", "replace")
+        return Damage(
+            sample,
+            f"{path}: sample {member} is not the image that was packed ({why}); "
+            f"find the damage with `coldpress verify shards={path.parent}`",
+        )
+
+    def _sample(self, sample: int) -> Sample | Damage:
+        index, shard = self._index, int(self._index.shard[sample])
+        try:
+            image = self._bytes(shard, int(index.offset[sample]), int(index.size[sample]))
+            label = self._bytes(shard, int(index.label_offset[sample]), int(index.label_size[sample]))
+            height, width = jpeg_size(image)
+            if height > index.manifest.max_height or width > index.manifest.max_width:
+                raise _DamagedError(f"{width} x {height} pixels, more than any that was packed")
+            return Sample(sample, np.frombuffer(image, np.uint8), height, width, self._class_id(label))
+        except _DamagedError as damage:
+            return self.describe(sample, str(damage))
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        origin = self._index.paths[shard]
+        content = b""
+        for path in dict.fromkeys((self._locate(shard), origin)):
+            try:
+                content = self._pread(path, size, offset)
+            except OSError as error:
+                if path == origin:
+                    raise ValueError(f"{path}: {error.strerror}; check the file system.") from error
+            if len(content) == size:
+                return content
+        raise _DamagedError(f"{len(content)} of {size} bytes")
+
+    def _pread(self, path: Path, size: int, offset: int) -> bytes:
+        if size == 0:
+            return b""
         try:
             # Held by name: a thread that lost the race to open a tar has one that no cache keeps open.
             tar = self._tar(path)
-            content = os.pread(tar.descriptor, size, offset) if size else b""
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; check the file system.") from error
-        if len(content) != size:
-            raise self._broken(sample, f"{len(content)} of {size} bytes")
-        return content
+            return os.pread(tar.descriptor, size, offset)
+        except OSError:
+            # A network file system may have forgotten the open file (ESTALE); a new one is of use then.
+            return os.pread(_Tar(path).descriptor, size, offset)
 
-    def _broken(self, sample: int, why: str) -> ValueError:
-        path = self._index.paths[self._index.shard[sample]]
-        header = os.pread(self._tar(path).descriptor, _TAR_NAME, int(self._index.offset[sample]) - _TAR_BLOCK)
-        member = header.partition(b"\0")[0].decode("ascii", "replace")
-        return ValueError(
-            f"{path}: sample {member} is not the image that was packed ({why}); "
-            f"find the damage with `coldpress verify shards={path.parent}`."
-        )
+    def _class_id(self, label: bytes) -> int:
+        if not label:
+            return -1
+        if not label.isdigit() or int(label) >= len(self._index.manifest.classes):
+            raise _DamagedError(f"class {label[:20].decode('ascii', 'replace')}")
+        return int(label)
+
+
+class _DamagedError(ValueError):
+    """Bytes that are not what was packed; the message says why."""
 
 
 class _Tar:
@@ -108,7 +138,7 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     Raises ValueError when there is none.
     """
     if data[:2] != b"\xff\xd8":
-        raise ValueError("not a JPEG")
+        raise _DamagedError("not a JPEG")
     position = 2
     while position + 9 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -120,7 +150,7 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
         if marker in _END_OF_HEADERS:
             break
         position += _segment_bytes(data, position, marker)
-    raise ValueError("a JPEG without a frame header")
+    raise _DamagedError("a JPEG without a frame header")
 
 
 def _segment_bytes(data: bytes, position: int, marker: int) -> int:

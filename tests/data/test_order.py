@@ -63,24 +63,65 @@ def test_any_start_batch_and_ranks_give_the_same_sequence(
             assert sample.tolist() == whole[1][first : first + batch].tolist()
 
 
-@pytest.mark.parametrize("window", [1, 3])
-def test_samples_stay_within_their_window_of_shards(window: int) -> None:
-    counts = [5] * 9
-    order = ShuffledOrder(counts, seed=3, window=window)
-    shards = np.repeat(np.arange(9), counts)[epoch_ids(order, 0)]
-    windows = [set(shards[k : k + 5 * window].tolist()) for k in range(0, 45, 5 * window)]
-    assert [len(each) for each in windows] == [window] * (9 // window)
-    assert set.union(*windows) == set(range(9))
+@pytest.mark.parametrize(
+    ("shards", "lanes", "window"), [(1, 1, 32), (7, 1, 32), (8, 2, 16), (20, 4, 8), (100, 16, 2), (1281, 64, 2)]
+)
+def test_lanes_grow_with_the_shards(shards: int, lanes: int, window: int) -> None:
+    order = ShuffledOrder([3] * shards, seed=0)
+    assert (order.lanes, order.window) == (lanes, window)
 
 
-def test_a_window_is_mixed_and_shards_move() -> None:
-    order = ShuffledOrder([100] * 32, seed=0)
-    ids = np.array(epoch_ids(order, 0))
-    shards = ids[:1600] // 100
-    assert len(set(shards.tolist())) == 16
-    # Well mixed: every quarter of the window holds samples of all its shards.
-    assert all(len(set(shards[k : k + 400].tolist())) == 16 for k in range(0, 1600, 400))
-    assert set(shards.tolist()) != set((np.array(epoch_ids(order, 1))[:1600] // 100).tolist())
+@pytest.mark.parametrize("ranks", [1, 4, 16, 32])
+def test_a_rank_reads_few_shards_at_a_time(ranks: int) -> None:
+    """With 16 lanes of 10 uneven shards: as many windows of two shards as a rank has lanes, cut at both ends."""
+    counts = np.random.default_rng(0).integers(80, 120, 160)
+    order = ShuffledOrder(counts.tolist(), seed=3)
+    shard_of_sample = np.repeat(np.arange(160), counts)
+    shards = shard_of_sample[order.permutation(0)][1 % ranks :: ranks]
+    lanes = max(1, 16 // ranks)
+    for moment in range(0, len(shards), len(shards) // 40):
+        near = shards[moment : moment + len(shards) // 200]
+        assert len(set(near.tolist())) <= 2 * lanes * order.window
+    assert len(set(shards.tolist())) <= lanes * 12
+
+
+def test_a_lane_goes_from_window_to_window() -> None:
+    order = ShuffledOrder([50] * 64, seed=1)
+    shards = order.permutation(2)[3 :: order.lanes] // 50
+    windows = [set(shards[k : k + 100].tolist()) for k in range(0, 200, 100)]
+    assert [len(window) for window in windows] == [2, 2]
+    assert not windows[0] & windows[1]
+    # Well mixed: every quarter of a window holds samples of both of its shards.
+    assert all(len(set(shards[k : k + 25].tolist())) == 2 for k in range(0, 100, 25))
+
+
+@pytest.mark.parametrize("samples", [2, 10, 70, 640])
+def test_small_sets_are_mixed_evenly(samples: int) -> None:
+    """Over epochs, every sample is everywhere: its mean position lies around the middle, within 5 sigma."""
+    order = ShuffledOrder([samples - samples // 2, samples // 2], seed=0)
+    positions = np.array([np.argsort(order.permutation(epoch)) for epoch in range(200)])
+    sigma = np.sqrt((samples**2 - 1) / 12 / 200)
+    assert np.abs(positions.mean(axis=0) - (samples - 1) / 2).max() < 5 * sigma
+
+
+def test_epochs_move_the_shards() -> None:
+    order = ShuffledOrder([50] * 64, seed=1)
+    first, second = (set((order.permutation(epoch)[:1600] // 50).tolist()) for epoch in (0, 1))
+    assert first != second
+
+
+@given(counts=shard_counts, ranks=st.integers(1, 9), start=st.integers(0, 99), sizes=st.lists(st.integers(1, 40)))
+@settings(max_examples=60, deadline=None)
+def test_ranks_of_any_number_read_every_place_once(counts: list[int], ranks: int, start: int, sizes: list[int]) -> None:
+    """Lives of different batch sizes, one after the other: nothing repeated, nothing skipped."""
+    order, seen = ShuffledOrder(counts, seed=4), []
+    for size in sizes:
+        seen += [start + place for rank in range(ranks) for place in range(rank, size, ranks)]
+        start += size
+    assert sorted(seen) == list(range(start - sum(sizes), start))
+    epoch, sample = order.place(np.array(sorted(seen), np.int64))
+    keys = list(zip(epoch.tolist(), sample.tolist(), strict=True))
+    assert len(set(keys)) == len(keys)
 
 
 def test_only_two_epochs_are_kept() -> None:
@@ -93,7 +134,32 @@ def test_only_two_epochs_are_kept() -> None:
 
 def test_the_order_is_pinned() -> None:
     """A change of these numbers breaks the resume of every run under way."""
-    assert epoch_ids(ShuffledOrder([4, 4, 3], seed=7, window=2), 1) == [9, 3, 2, 0, 8, 10, 1, 6, 4, 7, 5]
+    assert epoch_ids(ShuffledOrder([4, 4, 3, 1, 5, 2, 2, 3], seed=7), 1) == [
+        9,
+        20,
+        14,
+        17,
+        13,
+        22,
+        3,
+        6,
+        15,
+        16,
+        2,
+        4,
+        0,
+        19,
+        8,
+        7,
+        12,
+        18,
+        10,
+        23,
+        11,
+        5,
+        1,
+        21,
+    ]
 
 
 def test_fixed_order_gives_ids_once_in_epoch_zero() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.manifest import Manifest, SampleIndex
-from data.reader import Reader, jpeg_size
+from data.reader import Damage, Reader, Sample, jpeg_size
 
 
 def jpeg(width: int, height: int, **options: object) -> bytes:
@@ -100,25 +100,55 @@ def overwrite(directory: Path, index: SampleIndex, sample: int, at: int, content
     return path
 
 
-def test_an_overwritten_sample_is_named(copied_shards: Path) -> None:
+def only(read: list[Sample | Damage]) -> str:
+    (damage,) = read
+    assert isinstance(damage, Damage)
+    return damage.message
+
+
+def test_an_overwritten_sample_is_named_beside_a_sound_one(copied_shards: Path) -> None:
     reader, index = open_set(copied_shards)
     path = overwrite(copied_shards, index, 13, 0, b"<html>")
-    with pytest.raises(ValueError, match=rf"^{path}: sample \w+\.jpg is not .*not a JPEG.*coldpress verify"):
-        reader.read([12, 13])
+    sound, *damaged = reader.read([12, 13])
+    assert isinstance(sound, Sample)
+    assert re.search(rf"^{path}: sample \w+\.jpg is not .*not a JPEG.*coldpress verify", only(damaged))
 
 
 def test_a_tar_cut_after_the_start_is_named(copied_shards: Path) -> None:
     reader, index = open_set(copied_shards)
     with index.paths[0].open("r+b") as tar:
         tar.truncate(int(index.offset[0]) + 10)
-    with pytest.raises(ValueError, match=r"sample \w+\.jpg is not .*10 of \d+ bytes"):
-        reader.read([0])
+    assert re.search(r"sample \w+\.jpg is not .*10 of \d+ bytes", only(reader.read([0])))
 
 
-def test_an_undecodable_sample_is_found_among_sound_ones(copied_shards: Path) -> None:
+@pytest.mark.parametrize("label", [b"x", b"9"])
+def test_a_class_that_does_not_exist_is_damage(copied_shards: Path, label: bytes) -> None:
     reader, index = open_set(copied_shards)
-    assert reader.first_undecodable(range(10)) is None
-    # The header of the scan claims nine components; the frame header, which the reader looks at, is sound.
-    overwrite(copied_shards, index, 5, reader.read([5])[0].image.tobytes().rfind(b"\xff\xda") + 4, b"\x09")
-    assert len(reader.read([5])) == 1
-    assert re.search(r"sample \w+\.jpg is not", str(reader.first_undecodable(range(10))))
+    overwrite(copied_shards, index, 3, int(index.label_offset[3] - index.offset[3]), label)
+    assert f"(class {label.decode()})" in only(reader.read([3]))
+
+
+def test_an_image_larger_than_any_that_was_packed_is_damage(copied_shards: Path) -> None:
+    reader, index = open_set(copied_shards)
+    (sample,) = reader.read([3])
+    assert isinstance(sample, Sample)
+    frame = sample.image.tobytes().find(b"\xff\xc0")
+    overwrite(copied_shards, index, 3, frame + 5, b"\xff\xdc\xff\xdc")
+    assert "(65500 x 65500 pixels, more than any that was packed)" in only(reader.read([3]))
+
+
+def test_a_failing_copy_gives_way_to_the_original(copied_shards: Path, tmp_path: Path) -> None:
+    _, index = open_set(copied_shards)
+    short = tmp_path / "short.tar"
+    short.write_bytes(index.paths[0].read_bytes()[:5000])
+    originals = Reader(index).read(range(20))
+    for place in (tmp_path / "missing.tar", short):
+        moved = Reader(index, [place, *index.paths[1:]].__getitem__).read(range(20))
+        assert [each.image.tobytes() for each in moved] == [each.image.tobytes() for each in originals]  # type: ignore[union-attr]
+
+
+def test_a_shard_that_is_gone_is_named(copied_shards: Path) -> None:
+    reader, index = open_set(copied_shards)
+    index.paths[1].unlink()
+    with pytest.raises(ValueError, match=rf"{index.paths[1].name}: No such file or directory; check the file system"):
+        reader.read([int(index.counts[0])])

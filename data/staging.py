@@ -1,0 +1,217 @@
+"""Node-local copies of the shards that a process will read next, for sets on a network file system.
+
+A thread copies ahead of the run's order and deletes behind it. Whatever goes wrong with a copy, the original is read
+instead: staging saves time and decides nothing.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from data.order import ShuffledOrder
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "coldpress-stage-"
+_OWNER = "owner.lock"
+
+
+@dataclass(frozen=True)
+class Need:
+    """A shard that a rank reads in an epoch, from place ``first`` to place ``last`` of the run."""
+
+    shard: int
+    first: int
+    last: int
+
+
+def needs(order: ShuffledOrder, start: int, rank: int, world_size: int) -> Iterator[Need]:
+    """Yield the shards that a rank reads from place ``start`` on, by their first use, epoch after epoch, endlessly."""
+    shard_of_sample = np.repeat(np.arange(len(order.counts)), order.counts)
+    epoch, size = start // len(order), len(order)
+    while True:
+        begin = max(start, epoch * size)
+        places = np.arange(begin + (rank - begin) % world_size, (epoch + 1) * size, world_size)
+        shards = shard_of_sample[order.permutation(epoch)[places - epoch * size]]
+        used, first = np.unique(shards, return_index=True)
+        last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
+        for k in np.argsort(first):
+            yield Need(int(used[k]), int(places[first[k]]), int(places[last[k]]))
+        epoch += 1
+
+
+class Originals:
+    """No staging: shards are read where they lie."""
+
+    def __init__(self, originals: Sequence[Path]) -> None:
+        self._originals = originals
+
+    def path(self, shard: int) -> Path:
+        """Return where to read a shard."""
+        return self._originals[shard]
+
+    def follow(self, upcoming: Iterator[Need]) -> None:
+        """Do nothing."""
+
+    def advance(self, place: int) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Stage(Originals):
+    """A bounded folder of copied shards: ``path(shard)`` is the copy where there is one, else the original.
+
+    folder: on a local disk; limit: bytes that this process may use there; originals and sizes: the shards' files and
+    their bytes. The copies lie in a folder of their own, which goes when the stage is closed, or, after a kill, when
+    the next stage is opened in the same place.
+    Raises ValueError when the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, limit: int, originals: Sequence[Path], sizes: Sequence[int]) -> None:
+        super().__init__(originals)
+        self._limit, self._sizes = limit, sizes
+        self._copies: dict[int, Path] = {}
+        self._last_use: dict[int, int] = {}
+        self._used = self._place = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_orphans(folder)
+            self.folder, self._lock = _new_folder(folder)
+        except OSError as error:
+            raise ValueError(
+                f"data.staging: cannot write to {folder} ({error.strerror}); choose a folder on a local disk."
+            ) from None
+
+    def path(self, shard: int) -> Path:
+        """Return where to read a shard now."""
+        return self._copies.get(shard) or self._originals[shard]
+
+    def follow(self, upcoming: Iterator[Need]) -> None:
+        """Begin to copy what comes next, in a thread; ends what was followed before."""
+        self._end_thread()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._copy_all, args=(upcoming,), name="stage", daemon=True)
+        self._thread.start()
+
+    def advance(self, place: int) -> None:
+        """Say that everything before a place of the run has been read; what is no longer needed may go."""
+        with self._changed:
+            self._place = place
+            for shard in [shard for shard, last in self._last_use.items() if last < place and shard in self._copies]:
+                self._evict(shard)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Delete the copies and their folder."""
+        self._end_thread()
+        if not self._lock.closed:
+            _remove(self.folder)
+            self._lock.close()
+
+    def _end_thread(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _copy_all(self, upcoming: Iterator[Need]) -> None:
+        for need in upcoming:
+            with self._changed:
+                self._last_use[need.shard] = max(need.last, self._last_use.get(need.shard, 0))
+                if need.shard in self._copies:
+                    continue
+            if self._make_room(need):
+                self._copy(need.shard)
+            if self._stopping:
+                return
+
+    def _make_room(self, need: Need) -> bool:
+        """Wait until a shard fits; return False when it is of no more use, never fits, or the stage ends."""
+        size = self._sizes[need.shard]
+        with self._changed:
+            while not self._stopping and need.last >= self._place and size <= self._limit:
+                if self._used + size <= self._limit:
+                    self._used += size
+                    return True
+                self._changed.wait()
+        return False
+
+    def _copy(self, shard: int) -> None:
+        copy = self.folder / self._originals[shard].name
+        temporary = copy.with_name(copy.name + ".tmp")
+        try:
+            shutil.copyfile(self._originals[shard], temporary)
+            if temporary.stat().st_size != self._sizes[shard]:
+                raise OSError(errno.EIO, "the copy has another size")
+            os.replace(temporary, copy)
+        except OSError as error:
+            self._do_with_less(shard, error)
+            temporary.unlink(missing_ok=True)
+            return
+        with self._changed:
+            self._copies[shard] = copy
+            if self._last_use[shard] < self._place:
+                self._evict(shard)
+
+    def _do_with_less(self, shard: int, error: OSError) -> None:
+        """Stop at what is there: what did not fit now will not fit later."""
+        with self._changed:
+            self._used -= self._sizes[shard]
+            self._limit = self._used
+        log.warning(
+            "staging: cannot copy %s to %s (%s); going on with %.1f GB of copies, and the originals",
+            self._originals[shard],
+            self.folder,
+            error.strerror,
+            self._limit / 1e9,
+        )
+
+    def _evict(self, shard: int) -> None:
+        self._copies.pop(shard).unlink(missing_ok=True)
+        self._used -= self._sizes[shard]
+
+
+def _new_folder(parent: Path) -> tuple[Path, IO[bytes]]:
+    """Make a folder whose lock is held from the first moment that its name says whose it is."""
+    fresh = Path(tempfile.mkdtemp(prefix=".coldpress-", dir=parent))
+    lock = (fresh / _OWNER).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = fresh.with_name(_PREFIX + fresh.name.rpartition("-")[2])
+    fresh.rename(folder)
+    return folder, lock
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Delete the stages of processes that were killed: the lock dies with its process."""
+    for folder in parent.glob(_PREFIX + "*"):
+        # Not ours to open, gone meanwhile, or locked by a living process: in each case it stays.
+        with suppress(OSError), (folder / _OWNER).open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete what a stage wrote, and nothing else; a folder with anything else in it stays."""
+    for file in (*folder.glob("*.tar"), *folder.glob("*.tar.tmp"), folder / _OWNER):
+        file.unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError:
+        log.warning("staging: %s holds files that are not ours and stays", folder)

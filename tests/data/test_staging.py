@@ -1,0 +1,207 @@
+"""Staging copies what comes next, stays within its bounds, deletes only its own, and decides nothing."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import staging
+from data.order import ShuffledOrder
+from data.staging import Need, Originals, Stage, needs
+
+SIZE = 1000
+
+
+@pytest.fixture
+def originals(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "far"
+    folder.mkdir()
+    paths = [folder / f"train-{k:06d}.tar" for k in range(6)]
+    for k, path in enumerate(paths):
+        path.write_bytes(bytes([k]) * SIZE)
+    return paths
+
+
+@pytest.fixture
+def stage(originals: list[Path], tmp_path: Path) -> Iterator[Callable[..., Stage]]:
+    opened: list[Stage] = []
+
+    def open_stage(limit: int = 3 * SIZE) -> Stage:
+        opened.append(Stage(tmp_path / "near", limit, originals, [SIZE] * len(originals)))
+        return opened[-1]
+
+    yield open_stage
+    for each in opened:
+        each.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+def in_turn(shards: list[int], each: int = 10) -> Iterator[Need]:
+    return (Need(shard, k * each, (k + 1) * each - 1) for k, shard in enumerate(shards))
+
+
+def staged(stage: Stage) -> list[str]:
+    return sorted(path.name for path in stage.folder.glob("*.tar"))
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    start=st.integers(0, 150),
+    ranks=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_needs_are_the_shards_of_the_ranks_places(counts: list[int], start: int, ranks: int, seed: int) -> None:
+    order = ShuffledOrder(counts, seed)
+    epochs = -(-(start + 1) // sum(counts)) + 1
+    places = np.arange(start, epochs * sum(counts))
+    shards = np.repeat(np.arange(len(counts)), counts)[order.place(places)[1]]
+    for rank in range(ranks):
+        mine = places % ranks == rank
+        expected: list[tuple[int, int, int]] = []
+        for epoch in range(start // sum(counts), epochs):
+            here = mine & (places // sum(counts) == epoch)
+            spans = {int(s): places[here & (shards == s)] for s in np.unique(shards[here])}
+            expected += sorted(((s, int(p[0]), int(p[-1])) for s, p in spans.items()), key=lambda span: span[1])
+        found = [(n.shard, n.first, n.last) for n in islice(needs(order, start, rank, ranks), len(expected))]
+        assert found == expected
+
+
+def test_copies_are_made_ahead_within_the_limit_and_go_behind(
+    stage: Callable[..., Stage], originals: list[Path]
+) -> None:
+    near = stage()
+    near.follow(in_turn([4, 2, 0, 1, 3]))
+    until(lambda: len(near._copies) == 3)
+    assert staged(near) == [originals[k].name for k in (0, 2, 4)]
+    assert near.path(4).read_bytes() == originals[4].read_bytes()
+    assert near.path(4).parent == near.folder
+    assert near.path(1) == originals[1]
+    near.advance(10)  # shard 4 was read up to place 9
+    until(lambda: 1 in near._copies)
+    assert staged(near) == [originals[k].name for k in (0, 1, 2)]
+    near.advance(50)
+    until(lambda: near._used == 0)
+    assert staged(near) == []
+    assert all(path.exists() for path in originals)
+
+
+def test_a_shard_that_is_needed_again_stays(stage: Callable[..., Stage]) -> None:
+    near = stage()
+    near.follow(iter([Need(0, 0, 9), Need(1, 5, 30), Need(0, 20, 40)]))
+    until(lambda: near._last_use.get(0) == 40)
+    near.advance(15)
+    assert set(near._copies) == {0, 1}
+    near.advance(35)
+    assert set(near._copies) == {0}
+
+
+def test_a_shard_larger_than_the_limit_is_left_where_it_is(stage: Callable[..., Stage], originals: list[Path]) -> None:
+    near = stage(limit=SIZE - 1)
+    near.follow(in_turn([0, 1]))
+    until(lambda: near._thread is not None and not near._thread.is_alive())
+    assert near.path(0) == originals[0]
+
+
+def test_a_full_disk_stops_the_copies_and_not_the_run(
+    stage: Callable[..., Stage],
+    originals: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+
+    copyfile, near = staging.shutil.copyfile, stage(limit=5 * SIZE)
+
+    def full_after_two(source: Path, target: Path) -> None:
+        if len(near._copies) == 2:
+            target.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copyfile(source, target)
+
+    monkeypatch.setattr(staging.shutil, "copyfile", full_after_two)
+    near.follow(in_turn([0, 1, 2, 3]))
+    until(lambda: bool(caplog.messages))
+    assert "No space left on device" in caplog.messages[0]
+    assert near._limit == 2 * SIZE
+    assert not list(near.folder.glob("*.tmp"))
+    assert near.path(2) == originals[2]
+    monkeypatch.setattr(staging.shutil, "copyfile", copyfile)
+    near.advance(10)  # one copy goes, so one may come
+    until(lambda: 3 in near._copies)
+    assert len(caplog.messages) == 1
+
+
+def test_an_original_of_another_size_is_not_taken(
+    stage: Callable[..., Stage], originals: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    originals[0].write_bytes(b"cut")
+    near = stage()
+    near.follow(in_turn([0]))
+    until(lambda: bool(caplog.messages))
+    assert near.path(0) == originals[0]
+
+
+def test_closing_removes_what_it_wrote_and_nothing_else(stage: Callable[..., Stage], tmp_path: Path) -> None:
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "mine.tar").write_bytes(b"precious")
+    near = stage()
+    near.follow(in_turn([0, 1]))
+    until(lambda: len(near._copies) == 2)
+    (near.folder / "notes.txt").write_text("somebody's")
+    near.close()
+    assert (near.folder / "notes.txt").exists()
+    assert sorted(path.name for path in near.folder.iterdir()) == ["notes.txt"]
+    assert (tmp_path / "near" / "mine.tar").read_bytes() == b"precious"
+
+
+def test_the_copies_of_a_killed_process_go_and_those_of_a_living_one_stay(
+    stage: Callable[..., Stage], originals: list[Path], tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from data.staging import Need, Stage\n"
+        "paths = [Path(each) for each in sys.argv[2:]]\n"
+        "stage = Stage(Path(sys.argv[1]), 10**6, paths, [1000] * len(paths))\n"
+        "stage.follow(iter([Need(0, 0, 9)]))\n"
+        "while 0 not in stage._copies: time.sleep(0.01)\n"
+        "print(stage.folder, flush=True); time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "near"), *map(str, originals)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        folder = Path(other.stdout.readline().strip())
+        stage()
+        assert (folder / originals[0].name).exists()
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    stage()
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(originals: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data.staging: cannot write to .*/file/x \(Not a directory\); choose"):
+        Stage(tmp_path / "file" / "x", SIZE, originals, [SIZE] * 6)
+
+
+def test_without_staging_shards_are_read_where_they_lie(originals: list[Path]) -> None:
+    stage = Originals(originals)
+    stage.follow(in_turn([0]))
+    stage.advance(3)
+    assert stage.path(0) == originals[0]
+    stage.close()
