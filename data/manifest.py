@@ -52,7 +52,7 @@ class Manifest:
     def load(cls, directory: Path) -> "Manifest":
         """Read the manifest of a finished set.
 
-        Raises ValueError when it is missing, unreadable, or of another schema.
+        Raises ValueError when it is missing, unreadable, of another schema, or not byte for byte as it was written.
         """
         path = Path(directory) / MANIFEST_NAME
         if not path.is_file():
@@ -60,11 +60,18 @@ class Manifest:
                 f"{directory}: no {MANIFEST_NAME}, so this is not a finished set of shards; "
                 f"write one with `coldpress shard source=... output={directory}`."
             )
+        content = path.read_bytes()
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            fields = json.loads(content)
+        except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); shard the source again.") from None
-        return cls._from_fields(fields, path)
+        manifest = cls._from_fields(fields, path)
+        if _encode(manifest) != content:
+            raise ValueError(
+                f"{path}: damaged, or edited by hand: its content is not what its sha256 says; "
+                "copy it again or shard the source again."
+            )
+        return manifest
 
     @classmethod
     def _from_fields(cls, fields: Any, path: Path) -> "Manifest":
@@ -75,6 +82,7 @@ class Manifest:
                 "shard the source again."
             )
         try:
+            fields.pop("sha256")
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
             return cls(shards=shards, classes=tuple(fields.pop("classes")), **fields)
         except (KeyError, TypeError) as error:
@@ -82,13 +90,20 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Publish the manifest in one step, so that no reader ever sees half of it."""
-        write_atomically(Path(directory) / MANIFEST_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode("utf-8"))
+        write_atomically(Path(directory) / MANIFEST_NAME, _encode(self))
 
     @property
     def fingerprint(self) -> str:
         """Identify the data of a run: SHA-256 over the shards' checksums, in order."""
         lines = "".join(f"{shard.sha256} {shard.index_sha256}\n" for shard in self.shards)
         return hashlib.sha256(lines.encode("ascii")).hexdigest()
+
+
+def _encode(manifest: Manifest) -> bytes:
+    """Return the file's only form: all fields, then the SHA-256 of those."""
+    fields = asdict(manifest)
+    checksum = hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()
+    return (json.dumps(fields | {"sha256": checksum}, indent=1) + "\n").encode("ascii")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,22 @@ def test_missing_fields_are_refused(shards):
         Manifest.load(shards)
 
 
+@given(st.integers(0, 10**9), st.integers(1, 255))
+def test_any_changed_byte_is_found(drawn_shards, tmp_path_factory, at, change):
+    content = bytearray((drawn_shards / MANIFEST_NAME).read_bytes())
+    content[at % len(content)] ^= change
+    directory = tmp_path_factory.mktemp("flipped")
+    (directory / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match="again"):
+        Manifest.load(directory)
+
+
+def test_an_edited_manifest_is_refused(shards):
+    edit(shards, samples=47)
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged, or edited by hand"):
+        Manifest.load(shards)
+
+
 def test_the_fingerprint_follows_every_checksum_and_nothing_else(drawn_shards):
     manifest = Manifest.load(drawn_shards)
     first, *rest = manifest.shards
