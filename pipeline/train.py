@@ -85,6 +85,7 @@ def train(
         if state.step % config.log_every == 0 or finished:
             loss = float(distributed.mean_over_ranks(result.loss))
             metrics = meter.report(state, plan, parts.engine, loss)
+            metrics |= {"bad_samples_total": float(parts.loader.bad_samples)}
             sinks.write(state.step, metrics | {name: float(value) for name, value in result.metrics.items()})
 
         probing, saving, stopping = distributed.any_rank(

@@ -114,7 +114,7 @@ def test_a_report_arrives_with_its_value(scraped, ranks):
 
 def test_every_rule_is_evaluated_without_error(scraped):
     rules = [rule for group in scraped.get("api/v1/rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 5
+    assert len(rules) == 6
     scraped.wait("run:coldpress_samples:rate5m", 1)
     rules = [rule for group in scraped.get("api/v1/rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}
