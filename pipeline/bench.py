@@ -1,149 +1,40 @@
-"""Command: step time against what the arithmetic promises, on noise images, alternating with the baseline."""
+"""Command: one benchmark; a table on the screen and, with output=FILE, JSON with the machine it was measured on."""
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from pipeline import distributed
-from pipeline.compression import Compression
-from pipeline.compression.schedule import compression
+from pipeline.benchmarks.loader import bench_loader
+from pipeline.benchmarks.report import Report
+from pipeline.benchmarks.start import bench_start
+from pipeline.benchmarks.step import bench_freezing, bench_step
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
-from pipeline.engine import Engine
-from pipeline.methods import Method, build_method
-from pipeline.models.vit import ViT
-from pipeline.optim import OptimConfig
-from pipeline.schedules import StepPlan
 
-WARMUP = 2
-RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class NoiseBatch:
-    """Images that no loader had to read."""
-
-    views: tuple[Tensor, ...]
-    index: Tensor
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One case against the baseline that ran in turn with it."""
-
-    case: str
-    milliseconds: float
-    spread: float
-    speedup: float
-    promised: float
-
-    @property
-    def realized(self) -> float:
-        """Return measured speed-up over promised speed-up."""
-        return self.speedup / self.promised
+BENCHMARKS: dict[str, Callable[[BenchConfig, World], Report]] = {
+    "step": bench_step,
+    "freezing": bench_freezing,
+    "loader": bench_loader,
+    "start": bench_start,
+}
 
 
 def run(config: BenchConfig) -> None:
-    """Print a table of measured and promised speed-ups and, with output=FILE, write it as JSON."""
+    """Run one benchmark and report it.
+
+    Raises ValueError for a benchmark or a place for its output that does not exist, and for what the benchmark
+    itself refuses.
+    """
+    if config.what not in BENCHMARKS:
+        raise ValueError(f"what must be one of {', '.join(BENCHMARKS)}, got {config.what}.")
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        raise ValueError(f"output: no directory for {config.output}; make it first.")
     world = distributed.start()
-    rows = {"step": bench_step, "freezing": bench_freezing}[config.what](config, world)
+    report = BENCHMARKS[config.what](config, world)
     if world.is_main:
-        print(_table(rows))
+        print(report.table())
         if config.output:
-            Path(config.output).write_text(json.dumps([vars(r) | {"realized": r.realized} for r in rows], indent=1))
-
-
-def bench_step(config: BenchConfig, world: World) -> list[Measurement]:
-    """Measure every (patch size, dropout) cell against the uncompressed step."""
-    engine, method = _engine(config, world)
-    baseline = _plan(method, Compression(), 0)
-    cells = [(p, d) for p in (config.patch_sizes or [config.model.patch_size]) for d in config.dropouts]
-    rows = []
-    for patch_size, dropout in cells:
-        plan = _plan(method, compression(patch_size, dropout), 0)
-        pair = _alternate(config, world, (engine, baseline), (engine, plan))
-        rows.append(_measure(f"patch {patch_size:3d} dropout {dropout:.2f}", method, baseline, plan, pair))
-    return rows
-
-
-def bench_freezing(config: BenchConfig, world: World) -> list[Measurement]:
-    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes."""
-    engine, method = _engine(config, world)
-    twin, _ = _engine(config, world)
-    baseline = _plan(method, Compression(), 0)
-    rows = []
-    for frozen in range(method.encoder.num_layers + 1):
-        plan = _plan(method, Compression(), frozen)
-        pair = _alternate(config, world, (twin, baseline), (engine, plan))
-        rows.append(_measure(f"{frozen:2d} frozen layers", method, baseline, plan, pair))
-    return rows
-
-
-def _engine(config: BenchConfig, world: World) -> tuple[Engine, Method]:
-    torch.manual_seed(0)
-    method = build_method(config.method, ViT(config.model, 0))
-    local = config.batch_size // world.size
-    return Engine(method, config.engine, OptimConfig(), local_batch=local, device=world.device), method
-
-
-def _plan(method: Method, query: Compression, frozen: int) -> StepPlan:
-    layers = method.encoder.num_layers
-    rates = (0.0,) * frozen + (RATE,) * (layers - frozen)
-    plan = StepPlan(0.5, RATE, 0.1, 0.99, rates, query, method.key_compression(query))
-    assert plan.frozen_layers == frozen
-    return plan
-
-
-def _batch(config: BenchConfig, world: World, views: int) -> NoiseBatch:
-    size = config.model.image_size
-    local = config.batch_size // world.size
-    images = tuple(torch.randn(local, 3, size, size, device=world.device) for _ in range(views))
-    return NoiseBatch(images, torch.arange(local, device=world.device))
-
-
-Case = tuple[Engine, StepPlan]
-
-
-def _alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list[float], list[float]]:
-    """Time two cases in turn and return seconds of each round."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(WARMUP + config.rounds):
-        for case, kept in zip((a, b), times, strict=True):
-            engine, plan = case
-            batch = _batch(config, world, len(engine.method.views()))
-            begin = time.perf_counter()
-            engine.step(batch, plan)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= WARMUP:
-                kept.append(time.perf_counter() - begin)
-    return times
-
-
-def _measure(
-    case: str, method: Method, baseline: StepPlan, plan: StepPlan, pair: tuple[list[float], list[float]]
-) -> Measurement:
-    ratios = [a / b for a, b in zip(*pair, strict=True)]
-    return Measurement(
-        case=case,
-        milliseconds=1e3 * statistics.median(pair[1]),
-        spread=(max(ratios) - min(ratios)) / 2,
-        speedup=statistics.median(ratios),
-        promised=method.sample_cost(baseline) / method.sample_cost(plan),
-    )
-
-
-def _table(rows: list[Measurement]) -> str:
-    lines = [f"{'case':<26}{'ms/step':>9}{'speed-up':>10}{'spread':>9}{'promised':>10}{'realized':>10}"]
-    for r in rows:
-        lines.append(
-            f"{r.case:<26}{r.milliseconds:9.1f}{r.speedup:10.2f}{r.spread:9.2f}{r.promised:10.2f}{r.realized:10.2f}"
-        )
-    return "\n".join(lines)
+            report.write(Path(config.output), config.what, asdict(config))

@@ -111,9 +111,9 @@ class DemoConfig:
 
 @dataclass
 class BenchConfig:
-    """Step time against what the arithmetic promises, on noise images."""
+    """Measurements against a baseline in the same run."""
 
-    # step: over compressions; freezing: over frozen layers.
+    # step: over compressions; freezing: over frozen layers; loader: images per CPU second; start: time to the index.
     what: str = "step"
     batch_size: int = 64
     rounds: int = 7
@@ -122,15 +122,23 @@ class BenchConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     patch_sizes: list[int] = field(default_factory=list)
     dropouts: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    # Of what=loader: the set, whose views to make, and images of a round (rounded up to batches).
+    data: LoaderConfig = field(default_factory=LoaderConfig)
+    methods: list[str] = field(default_factory=lambda: ["moco", "simclr", "dino", "localmim"])
+    images: int = 256
+    # What the model eats; the loader's benchmark says how many cores that takes.
+    samples_per_second: float = 1000.0
     output: str = ""
 
     def __post_init__(self) -> None:
-        if self.what not in ("step", "freezing"):
-            raise ValueError(f"what must be step or freezing, got {self.what}.")
         if self.rounds < 1 or self.batch_size < 2:
             raise ValueError(
                 f"rounds and batch_size must be at least 1 and 2, got {self.rounds} and {self.batch_size}."
             )
+        if self.images < 1:
+            raise ValueError(f"images must be at least 1, got {self.images}; 256 is usual.")
+        if not self.samples_per_second > 0:
+            raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
 
 
 # command -> its root config; `plan` looks at a training run without running it.

@@ -103,7 +103,6 @@ def test_refusals(overrides: list[str], sentence: str) -> None:
         ("shard", ["output=x"], "source is required; say source=VALUE."),
         ("evaluate", [], "run is required; say run=VALUE."),
         ("evaluate", ["run=x", "k=[0]"], "k must list numbers of neighbors of at least 1, got [0]."),
-        ("bench", ["what=all"], "what must be step or freezing, got all."),
         ("bench", ["rounds=0"], "rounds and batch_size must be at least 1 and 2, got 0 and 64."),
     ],
 )

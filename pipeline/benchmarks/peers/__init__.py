@@ -1,0 +1,1 @@
+"""What others would use in our place, written as the field's reference implementations are: to be measured against."""
