@@ -1,13 +1,20 @@
 import hashlib
+import io
 import json
+import random
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from data import shard
+from data.drawn import draw_image_folder
 from data.manifest import MANIFEST_NAME, Manifest
 from data.verify import VerificationError, VerifyConfig, run
+from data.verify_shard import MOST_FINDINGS, ShardCheck, check_shard
 
 
 @pytest.fixture
@@ -22,19 +29,18 @@ def findings(shards: Path) -> str:
     return str(error.value)
 
 
-def edit_manifest(shards: Path, **changes) -> None:
-    fields = json.loads((shards / MANIFEST_NAME).read_text())
-    (shards / MANIFEST_NAME).write_text(json.dumps(fields | changes))
+def edit_manifest(directory: Path, **changes) -> None:
+    """Write a sound manifest that says something else, as a careless tool would."""
+    replace(Manifest.load(directory), **changes).write(directory)
 
 
 def forge(shards: Path, number: int = 0) -> None:
-    """Make the manifest's checksums those of the files as they are, as a careless tool would."""
-    fields = json.loads((shards / MANIFEST_NAME).read_text())
-    entry = fields["shards"][number]
-    tar = shards / entry["name"]
-    for key, file in (("sha256", tar), ("index_sha256", tar.with_suffix(".idx"))):
-        entry[key] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (shards / MANIFEST_NAME).write_text(json.dumps(fields))
+    """Make the manifest's checksums and sizes of a shard those of the files as they are."""
+    entries = list(Manifest.load(shards).shards)
+    tar = shards / entries[number].name
+    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (tar, tar.with_suffix(".idx"))]
+    entries[number] = replace(entries[number], bytes=tar.stat().st_size, sha256=sums[0], index_sha256=sums[1])
+    edit_manifest(shards, shards=tuple(entries), bytes=sum(entry.bytes for entry in entries))
 
 
 def overwrite_member(tar: Path, name: str, content: bytes) -> None:
@@ -133,6 +139,190 @@ def test_a_tar_that_no_one_listed_is_found(shards):
 def test_labels_in_a_set_without_classes_are_found(shards):
     edit_manifest(shards, classes=[])
     assert "sample 000000000 has members cls, jpg, json instead of jpg, json" in findings(shards)
+
+
+def rewrite_member(shards: Path, name: str, content: bytes, number: int = 0) -> None:
+    """Pack a shard anew with one member changed, index and checksums to match."""
+    tar = shards / Manifest.load(shards).shards[number].name
+    with tarfile.open(tar) as archive:
+        members = [(info.name, archive.extractfile(info).read()) for info in archive]
+    rows: dict[str, list[str]] = {}
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for each, old in members:
+            info = tarfile.TarInfo(each)
+            new = content if each == name else old
+            info.size = len(new)
+            key, _, extension = each.partition(".")
+            rows.setdefault(key, []).append(f"{extension} {archive.offset + 512} {info.size} {each}")
+            archive.addfile(info, io.BytesIO(new))
+    lines = "".join(f"{' '.join(row)}\n" for row in rows.values())
+    tar.with_suffix(".idx").write_text(f"v1.2 {len(rows)}\n{lines}")
+    forge(shards, number)
+
+
+def picture(side: int = 48, form: str = "JPEG", **options) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), "gray").save(out, form, **options)
+    return out.getvalue()
+
+
+def test_a_set_packed_anew_by_another_writer_is_verified(shards):
+    rewrite_member(shards, "000000003.jpg", picture())
+    run(VerifyConfig(str(shards), workers=1, deep=True))
+
+
+@pytest.mark.parametrize("name", ["train-000003.tar", "train-000003.idx", MANIFEST_NAME])
+def test_every_flipped_byte_is_found_and_its_file_named(drawn_shards, tmp_path_factory, name):
+    content = (drawn_shards / name).read_bytes()
+    rng = random.Random(name)
+    places = {0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(38))}
+    for at in sorted(places):
+        copy = Path(shutil.copytree(drawn_shards, tmp_path_factory.mktemp("flip") / "shards"))
+        damaged = bytearray(content)
+        damaged[at] ^= rng.randrange(1, 256)
+        (copy / name).write_bytes(damaged)
+        assert name in findings(copy), at
+
+
+def test_a_damaged_manifest_is_the_only_finding(shards):
+    path = shards / MANIFEST_NAME
+    path.write_text(path.read_text().replace('"disc"', '"dish"'))
+    text = findings(shards)
+    assert "has 1 finding(s)" in text
+    assert f"{path}: damaged, or edited by hand" in text
+
+
+def test_a_manifest_without_shards_is_found(shards):
+    edit_manifest(shards, shards=(), samples=0, bytes=0, treatments={})
+    assert "manifest.json: lists no shards" in findings(shards)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 511, 512, 700, 10240])
+def test_a_truncated_shard_is_found_wherever_it_ends(shards, cut):
+    tar = shards / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:cut])
+    assert f"train-000001.tar: {cut} bytes, the manifest says" in findings(shards)
+    assert "train-000001.tar: not a readable tar" in findings(shards)
+
+
+def test_bytes_behind_the_archive_are_found(shards):
+    tar = shards / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    forge(shards, 1)
+    assert "not a readable tar: other bytes than zeros follow the end of the archive" in findings(shards)
+
+
+def header(**fields) -> bytes:
+    info = tarfile.TarInfo("000000030.jpg")
+    for name, value in fields.items():
+        setattr(info, name, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (header(size=2**60), "announces 1152921504606846976 bytes, more than there are"),
+        (header(size=-512), "announces -512 bytes, more than there are"),
+        (header(type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is not a plain file"),
+        (header(type=tarfile.DIRTYPE), "is not a plain file"),
+        (header(type=tarfile.GNUTYPE_LONGNAME, size=2**40), "is not a plain file"),
+        (header(type=tarfile.GNUTYPE_SPARSE), "is not a plain file"),
+        (header(type=tarfile.XHDTYPE), "is not a plain file"),
+        (b"\xff" * 512, "byte 0: "),
+    ],
+)
+def test_headers_that_ask_for_more_are_not_followed(shards, block, reason):
+    tar = shards / "train-000003.tar"
+    tar.write_bytes(block + tar.read_bytes()[512:])
+    forge(shards, 3)
+    text = findings(shards)
+    assert "train-000003.tar: not a readable tar: byte 0: " in text
+    assert reason in text
+
+
+def test_a_folder_in_the_place_of_a_shard_is_found(shards):
+    (shards / "train-000002.tar").unlink()
+    (shards / "train-000002.tar").mkdir()
+    assert "train-000002.tar: train-000002.tar cannot be read (Is a directory)" in findings(shards)
+
+
+def test_the_index_of_another_tar_is_found(shards):
+    shutil.copy(shards / "train-000001.idx", shards / "train-000002.idx")
+    text = findings(shards)
+    assert "SHA-256 of train-000002.idx is not the manifest's" in text
+    assert "train-000002.idx differs from the tar in 10 lines, the first is 2" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "finding"),
+    [
+        (picture(form="PNG"), "is not a regular gray or RGB JPEG"),
+        (picture()[:-2], r"does not decode \(truncated: the JPEG has no end marker\)"),
+        (picture(40), "has 40x40 pixels, its json says 48x48"),
+    ],
+)
+def test_deep_decodes_every_image(shards, content, finding):
+    rewrite_member(shards, "000000007.jpg", content)
+    run(VerifyConfig(str(shards), workers=1))  # one image per shard, and not this one
+    with pytest.raises(VerificationError, match=f"1 finding.*\n.*train-000000.tar: sample 000000007 {finding}"):
+        run(VerifyConfig(str(shards), workers=1, deep=True))
+
+
+def test_deep_says_how_many_were_decoded(drawn_shards, capsys):
+    run(VerifyConfig(str(drawn_shards), workers=1))
+    run(VerifyConfig(str(drawn_shards), workers=1, deep=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("decoded")] == ["decoded     5", "decoded     48"]
+
+
+@pytest.mark.parametrize("facts", [b"", b"{", b"[]", b'{"path": "x"}', b'{"path": "x", "height": "a", "width": 1}'])
+def test_a_sample_without_its_facts_is_found(shards, facts):
+    rewrite_member(shards, "000000007.json", facts)
+    assert "sample 000000007 has no path, height and width in its json" in findings(shards)
+
+
+def test_largest_sides_and_treatments_are_compared(shards):
+    edit_manifest(shards, max_height=64, max_width=47, treatments={"kept": 47})
+    text = findings(shards)
+    assert "manifest.json: 64 max_height, the shards hold 48" in text
+    assert "manifest.json: 47 max_width, the shards hold 48" in text
+    assert "manifest.json: treatments of 47 samples, there are 48" in text
+
+
+def test_rejected_images_are_not_in_the_set(shards):
+    with tarfile.open(shards / "train-000000.tar") as archive:
+        path = json.load(archive.extractfile("000000002.json"))["path"]
+    (shards / "rejected.csv").write_text("path,reason\nother.jpg,empty file\n")
+    run(VerifyConfig(str(shards), workers=1))
+    (shards / "rejected.csv").write_text(f"path,reason\nother.jpg,empty file\n{path},empty file\n")
+    assert f"rejected.csv: {path!r} is in the set" in findings(shards)
+    for damaged in ("", "path;reason\n", "path,reason\nother.jpg\n"):
+        (shards / "rejected.csv").write_text(damaged)
+        assert "rejected.csv: not " in findings(shards)
+
+
+def test_a_broken_shard_does_not_fill_the_screen(shards):
+    edit_manifest(shards, classes=("disc",))
+    text = findings(shards)
+    assert text.count("train-000000.tar: sample") <= MOST_FINDINGS
+    tar = shards / "train-000000.tar"
+    report = check_shard(ShardCheck(str(tar), Manifest.load(shards).shards[0], classes=0, deep=False))
+    for _ in range(30):
+        report.find("again")
+    assert (len(report.findings), report.more) == (MOST_FINDINGS, 20)
+
+
+def test_a_sorted_set_is_verified_with_a_warning(tmp_path, monkeypatch, capsys):
+    draw_image_folder(tmp_path / "images", classes=4, per_class=30, size=16)
+    monkeypatch.setattr(random.Random, "shuffle", lambda rng, images: None)
+    shard.run(shard.ShardConfig(str(tmp_path / "images"), str(tmp_path / "out"), samples_per_shard=50, workers=1))
+    run(VerifyConfig(str(tmp_path / "out"), workers=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert "shuffle     0.00 (class runs of 30.00, 1.32 if random)" in lines
+    assert lines[-2].startswith("warning: shuffle quality 0.00 is below 0.9: neighbors are of one class more often")
+    assert f"`coldpress shard source={tmp_path / 'out'} output=...`" in lines[-2]
+    assert lines[-1].startswith("verified: ")
 
 
 def test_negative_workers_are_refused():
