@@ -6,15 +6,18 @@ import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from data.images import ImagePolicy, RejectedError, as_jpeg
+from data.images import ImagePolicy, Jpeg, RejectedError, as_jpeg
 from data.manifest import INDEX_VERSION, Shard, index_path, write_atomically
-from data.sources import SourceImage
+from data.sources.extents import ExtentReader
+from data.sources.table import SourceImage, SourceSlice
 
 KEY_DIGITS = 9
 BLOCK = 512  # a tar's unit: headers take one, contents are padded to a multiple
+MAX_ENCODED_BYTES = 1 << 28  # of one image; photographs stay below a tenth
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,8 @@ class ShardTask:
 
     path: str
     first: int
-    images: list[SourceImage]
-    class_ids: dict[str, int]
-    shorter_side: int = 0
+    images: SourceSlice
+    policy: ImagePolicy
     record: "PackedShard | None" = None  # of an earlier, interrupted command
 
 
@@ -63,9 +65,8 @@ def pack(task: ShardTask) -> PackedShard:
             writer = _TarWriter(file)
             seen = _add_images(writer, task)
             size = writer.close()
-        rows = "".join(f"{row}\n" for row in writer.rows)
-        index = f"{INDEX_VERSION} {len(writer.rows)}\n{rows}".encode("ascii")
-        if writer.rows:
+        index = f"{INDEX_VERSION} {writer.samples}\n".encode("ascii") + writer.rows
+        if writer.samples:
             write_atomically(index_path(tar), index)
             os.replace(temporary, tar)
     except OSError as error:
@@ -76,7 +77,7 @@ def pack(task: ShardTask) -> PackedShard:
     finally:
         temporary.unlink(missing_ok=True)
     index_sha256 = hashlib.sha256(index).hexdigest()
-    shard = Shard(tar.name, len(writer.rows), size, writer.digest.hexdigest(), index_sha256)
+    shard = Shard(tar.name, writer.samples, size, writer.digest.hexdigest(), index_sha256)
     return PackedShard(shard, seen.rejected, dict(seen.treatments), seen.max_height, seen.max_width)
 
 
@@ -93,19 +94,26 @@ class _Seen:
 def _add_images(writer: "_TarWriter", task: ShardTask) -> _Seen:
     """Add every image that decodes; return what became of all."""
     seen = _Seen()
-    for position, image in enumerate(task.images, start=task.first):
-        try:
-            jpeg = as_jpeg(image.read(), ImagePolicy(task.shorter_side))
-        except RejectedError as reason:
-            seen.rejected.append((image.path, str(reason)))
-            continue
-        seen.treatments[jpeg.treatment] += 1
-        seen.max_height, seen.max_width = max(seen.max_height, jpeg.height), max(seen.max_width, jpeg.width)
-        members = {} if image.label is None else {"cls": str(task.class_ids[image.label]).encode("ascii")}
-        facts = {"path": image.path, "width": jpeg.width, "height": jpeg.height}
-        members |= {"jpg": jpeg.content, "json": json.dumps(facts).encode("ascii")}
-        writer.add(f"{position:0{KEY_DIGITS}d}", members)
+    with ExtentReader() as reader:
+        for position, image in enumerate(task.images, start=task.first):
+            try:
+                jpeg = _convert(reader, image, task.policy)
+            except RejectedError as reason:
+                seen.rejected.append((image.path, str(reason)))
+                continue
+            seen.treatments[jpeg.treatment] += 1
+            seen.max_height, seen.max_width = max(seen.max_height, jpeg.height), max(seen.max_width, jpeg.width)
+            members = {} if image.label < 0 else {"cls": str(image.label).encode("ascii")}
+            facts = {"path": image.path, "width": jpeg.width, "height": jpeg.height}
+            members |= {"jpg": jpeg.content, "json": json.dumps(facts).encode("ascii")}
+            writer.add(f"{position:0{KEY_DIGITS}d}", members)
     return seen
+
+
+def _convert(reader: ExtentReader, image: SourceImage, policy: ImagePolicy) -> Jpeg:
+    if image.size > MAX_ENCODED_BYTES:
+        raise RejectedError(f"its file is larger than {MAX_ENCODED_BYTES} bytes")
+    return as_jpeg(reader.read(image), policy)
 
 
 class _TarWriter:
@@ -114,19 +122,21 @@ class _TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
-        self.rows: list[str] = []
+        self.rows = bytearray()
+        self.samples = 0
         self.size = 0
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Append one sample and its index row."""
         row = []
         for extension, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode = len(content), 0o444
-            self._write(info.tobuf(tarfile.USTAR_FORMAT))
-            row.append(f"{extension} {self.size} {info.size} {info.name}")
-            self._write(content + bytes(-info.size % BLOCK))
-        self.rows.append(" ".join(row))
+            name = f"{key}.{extension}"
+            self._write(_header(name, len(content)))
+            row.append(f"{extension} {self.size} {len(content)} {name}")
+            self._write(content)
+            self._write(bytes(-len(content) % BLOCK))
+        self.rows += " ".join(row).encode("ascii") + b"\n"
+        self.samples += 1
 
     def close(self) -> int:
         """End the archive as tar does, bring it to the disk, return its size in bytes."""
@@ -140,6 +150,24 @@ class _TarWriter:
         self.file.write(content)
         self.digest.update(content)
         self.size += len(content)
+
+
+def _header(name: str, size: int) -> bytes:
+    """Return the header of a read-only file that belongs to nobody, as tarfile writes it, at a tenth of the time."""
+    head, tail, checksum = _blank_header()
+    fields = name.encode("ascii").ljust(100, b"\0"), b"%011o" % size
+    checksum += sum(fields[0]) + sum(fields[1])
+    return b"".join((fields[0], head, fields[1], tail[:13], b"%06o\0 " % checksum, tail[13:]))
+
+
+@lru_cache(maxsize=1)
+def _blank_header() -> tuple[bytes, bytes, int]:
+    """Return what lies between name and size, and after size without the checksum, and the checksum of both."""
+    info = tarfile.TarInfo("")
+    info.mode = 0o444
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    head, tail = header[100:124], header[135:148] + header[156:]
+    return head, tail, sum(head) + sum(tail) + 8 * ord(" ")
 
 
 def _holds(tar: Path, shard: Shard) -> bool:

@@ -1,12 +1,11 @@
-"""Command: a folder, tar or ImageNet archive of images -> WebDataset tars, their indexes, a manifest.
+"""Command: images in folders, tars, WebDatasets or lists -> WebDataset tars, their indexes, a manifest.
 
 The same source and options give the same bytes, whatever the number of workers and however often the command
-was killed on the way: sample order and keys come from one seeded shuffle of the sorted paths.
+was killed on the way: sample order and keys come from one seeded shuffle by the images' names.
 """
 
 import csv
 import io
-import random
 import re
 import time
 from collections import Counter
@@ -15,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data.images import ImagePolicy
 from data.ledger import Ledger, discard, refuse_other_plan
 from data.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, write_atomically
 from data.pack import PackedShard, ShardTask, keep_or_pack
@@ -24,47 +26,60 @@ from data.sources import Source, scan
 from data.workers import run_tasks
 
 REJECTED_NAME = "rejected.csv"
+SAMPLES_PER_SHARD = 1000
+_REASONS_SHOWN = 12
 
 
 @dataclass
 class ShardConfig:
-    """source: class folder, tar or ImageNet archive; output: new folder; workers: processes, 0 = all cores.
+    """source: what `data.sources` reads; output: new folder; workers: processes, 0 = all cores.
 
-    max_rejected: how many images may fail to decode before the command fails. shorter_side: pixels to which
-    larger images are scaled down, so that every step decodes less; 0 keeps images byte for byte.
+    labels: file of the images' classes, for sources without class folders. classes: keep only those of this list,
+    `imagenet100` or a file of one class a line. samples_per_shard, or else bytes_per_shard: encoded bytes as they lie
+    in the source; 0 and 0 stand for SAMPLES_PER_SHARD. max_rejected: how many images may fail before the command does.
+    The rest is what `data.images.ImagePolicy` says; without shorter_side, images are kept byte for byte.
     """
 
     source: str
     output: str
+    labels: str = ""
+    classes: str = ""
     prefix: str = "train"
-    samples_per_shard: int = 1000
+    samples_per_shard: int = 0
+    bytes_per_shard: int = 0
     seed: int = 0
     workers: int = 0
     max_rejected: int = 0
-    shorter_side: int = 0
+    shorter_side: int = ImagePolicy.shorter_side
+    quality: int = ImagePolicy.quality
+    max_pixels: int = ImagePolicy.max_pixels
+    max_aspect_ratio: float = ImagePolicy.max_aspect_ratio
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.prefix):
             raise ValueError(f"shard.prefix: must be 1 to 40 letters, digits, - or _, not {self.prefix!r}; try train.")
-        for name, least in (
-            ("samples_per_shard", 1),
-            ("seed", 0),
-            ("workers", 0),
-            ("max_rejected", 0),
-            ("shorter_side", 0),
-        ):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"shard.{name}: must be at least {least}, not {value}.")
+        for name in ("samples_per_shard", "bytes_per_shard", "seed", "workers", "max_rejected"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"shard.{name}: must be at least 0, not {getattr(self, name)}.")
+        if self.samples_per_shard and self.bytes_per_shard:
+            raise ValueError(
+                f"shard.bytes_per_shard: {self.bytes_per_shard} beside samples_per_shard={self.samples_per_shard}; "
+                "give one of them."
+            )
+        self.policy()
+
+    def policy(self) -> ImagePolicy:
+        """Return what becomes of an image. Raises ValueError for values out of range."""
+        return ImagePolicy(self.shorter_side, self.quality, self.max_pixels, self.max_aspect_ratio)
 
 
 def run(config: ShardConfig) -> None:
     """Shard the source, or say that it is done already.
 
-    Raises ValueError for a source or output that cannot be used, and for too many undecodable images.
+    Raises ValueError for a source or output that cannot be used, and for too many rejected images.
     """
     started = time.monotonic()
-    source, output = scan(Path(config.source)), Path(config.output)
+    source, output = scan(Path(config.source), config.labels, config.classes), Path(config.output)
     plan = _plan(config, source)
     if (output / MANIFEST_NAME).exists():
         manifest = Manifest.load(output)
@@ -74,21 +89,25 @@ def run(config: ShardConfig) -> None:
         with Ledger(output, plan) as ledger:
             packed = _pack_all(config, source, ledger)
             manifest = _publish(config, source, plan, packed)
-        print(_table(manifest, packed, time.monotonic() - started))
+        print(_table(manifest, source, packed, time.monotonic() - started))
     discard(output)
 
 
 def _plan(config: ShardConfig, source: Source) -> dict[str, Any]:
     """Return what decides the output's bytes; two commands of one plan are the same command."""
-    names = ("prefix", "samples_per_shard", "seed", "shorter_side")
-    return {name: getattr(config, name) for name in names} | {"source_fingerprint": source.fingerprint()}
+    names = ("prefix", "bytes_per_shard", "seed", "shorter_side", "quality", "max_pixels", "max_aspect_ratio")
+    options = {name: getattr(config, name) for name in names}
+    return options | {"samples_per_shard": _samples_per_shard(config), "source_fingerprint": source.fingerprint}
+
+
+def _samples_per_shard(config: ShardConfig) -> int:
+    return config.samples_per_shard or (0 if config.bytes_per_shard else SAMPLES_PER_SHARD)
 
 
 def _pack_all(config: ShardConfig, source: Source, ledger: Ledger) -> list[PackedShard]:
     """Write every shard that is not there yet; return all, in order."""
-    tasks = list(_tasks(config, source, ledger))
     packed = []
-    for done in _follow(run_tasks(keep_or_pack, tasks, config.workers), len(source.images)):
+    for done in _follow(run_tasks(keep_or_pack, _tasks(config, source, ledger), config.workers), len(source)):
         ledger.record(done)
         packed.append(done)
     return sorted(packed, key=lambda done: done.shard.name)
@@ -96,38 +115,53 @@ def _pack_all(config: ShardConfig, source: Source, ledger: Ledger) -> list[Packe
 
 def _tasks(config: ShardConfig, source: Source, ledger: Ledger) -> Iterator[ShardTask]:
     """Deal the globally shuffled images out to shards."""
-    images = list(source.images)
-    random.Random(config.seed).shuffle(images)
-    class_ids = {name: position for position, name in enumerate(source.classes)}
-    for number, first in enumerate(range(0, len(images), config.samples_per_shard)):
+    rows, policy = source.shuffled(config.seed), config.policy()
+    for number, (first, end) in enumerate(_deal(config, source, rows)):
         name = f"{config.prefix}-{number:06d}.tar"
-        members = images[first : first + config.samples_per_shard]
-        yield ShardTask(str(ledger.output / name), first, members, class_ids, config.shorter_side, ledger.recall(name))
+        images = source.take(rows[first:end])
+        yield ShardTask(str(ledger.output / name), first, images, policy, ledger.recall(name))
+
+
+def _deal(config: ShardConfig, source: Source, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of every shard's images among the shuffled rows."""
+    if not config.bytes_per_shard:
+        step = _samples_per_shard(config)
+        yield from ((first, min(first + step, len(rows))) for first in range(0, len(rows), step))
+        return
+    end_bytes, first = np.cumsum(source.sizes(rows)), 0
+    while first < len(rows):
+        before = int(end_bytes[first - 1]) if first else 0
+        fitting = int(np.searchsorted(end_bytes, before + config.bytes_per_shard, side="right"))
+        end = max(fitting, first + 1)  # an image larger than a shard gets one of its own
+        yield first, end
+        first = end
 
 
 def _follow(results: Iterable[PackedShard], total: int) -> Iterator[PackedShard]:
     """Pass results on, with a bar on a terminal and ten plain lines elsewhere."""
-    done = 0
-    with tqdm(total=total, unit="image", disable=None) as bar:
+    done, started = 0, time.monotonic()
+    with tqdm(total=total, desc="sharding", unit=" images", disable=None) as bar:
         for packed in results:
             tenth, done = 10 * done // total, done + packed.images
             bar.update(packed.images)
             if bar.disable and 10 * done // total > tenth:
-                print(f"{done} of {total} images", flush=True)
+                rate = done / max(time.monotonic() - started, 1e-9)
+                left = tqdm.format_interval((total - done) / rate)
+                print(f"{done} of {total} images, {rate:.0f} images/s, {left} left", flush=True)
             yield packed
 
 
 def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: list[PackedShard]) -> Manifest:
     """Write the list of rejected images, refuse if there are too many, then write the manifest."""
     output = Path(config.output)
-    rejected = sorted(pair for done in packed for pair in done.rejected)
+    rejected = _rejected(source, packed)
     if rejected:
         write_atomically(output / REJECTED_NAME, _csv(rejected))
     if len(rejected) > config.max_rejected:
         raise ValueError(
-            f"shard.max_rejected: {len(rejected)} images do not decode, {config.max_rejected} may; see "
-            f"{output / REJECTED_NAME}, then run again with max_rejected={len(rejected)}, or mend them and "
-            "shard to a new output."
+            f"shard.max_rejected: {len(rejected)} images are rejected, {config.max_rejected} may be "
+            f"({_reasons(rejected)}); see {output / REJECTED_NAME}, then run again with max_rejected={len(rejected)}, "
+            "or mend them and shard to a new output."
         )
     shards = tuple(done.shard for done in packed if done.shard.samples)
     if not shards:
@@ -148,22 +182,43 @@ def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: 
     return manifest
 
 
+def _rejected(source: Source, packed: list[PackedShard]) -> list[tuple[str, str]]:
+    return sorted([*source.rejected, *(pair for done in packed for pair in done.rejected)])
+
+
 def _csv(rejected: list[tuple[str, str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *rejected])
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return text.getvalue().encode("utf-8", "backslashreplace")  # names may be no UTF-8
 
 
-def _table(manifest: Manifest, packed: list[PackedShard], seconds: float) -> str:
-    rejected = sum(len(done.rejected) for done in packed)
+def _table(manifest: Manifest, source: Source, packed: list[PackedShard], seconds: float) -> str:
+    rejected = _rejected(source, packed)
     rows = {
         "source": manifest.source,
         "classes": len(manifest.classes) or "none (unlabelled)",
         "samples": manifest.samples,
-        **manifest.treatments,
-        "rejected": f"{rejected} (see {REJECTED_NAME})" if rejected else 0,
+        **{f"  {treatment}": count for treatment, count in manifest.treatments.items()},
+        "rejected": f"{len(rejected)} (see {REJECTED_NAME})" if rejected else 0,
+        **{f"  {reason}": count for reason, count in _counted(rejected)},
+        **({"of a name twice": f"{source.duplicates} (the last counts)"} if source.duplicates else {}),
         "shards": len(manifest.shards),
         "megabytes": f"{manifest.bytes / 1e6:.1f}",
         "seconds": f"{seconds:.1f}",
+        "images/s": f"{manifest.samples / max(seconds, 1e-9):.0f}",
     }
-    return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
+    width = max(map(len, rows)) + 2
+    table = "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
+    return table.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _counted(rejected: list[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Return (reason, count), most frequent first; reasons that differ in numbers and names only are one."""
+    counts = Counter(re.sub(r"\d+", "N", re.split(r"[:(;]| to |=", reason)[0]).strip() for _, reason in rejected)
+    shown = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    others = sum(count for _, count in shown[_REASONS_SHOWN:])
+    return shown[:_REASONS_SHOWN] + ([("other reasons", others)] if others else [])
+
+
+def _reasons(rejected: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in _counted(rejected)[:3])

@@ -1,0 +1,59 @@
+"""Images in a folder and the folders below it."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.sources.entries import OWN_FILE, Entry, Found, Refused, is_image
+
+# (device, inode) of the folders above one another
+Ancestors = frozenset[tuple[int, int]]
+
+
+def scan_folder(root: Path, wanted: frozenset[str] = frozenset()) -> Iterator[Entry]:
+    """Yield the images below a folder, links followed; of sibling folders only wanted ones where any is wanted.
+
+    Raises ValueError for a folder that cannot be read and for links that go round in a circle.
+    """
+    yield from _walk(root, "", wanted, frozenset())
+
+
+def _walk(folder: Path, prefix: str, wanted: frozenset[str], above: Ancestors) -> Iterator[Entry]:
+    entries = _list(folder)
+    below = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    for entry in entries:
+        name = prefix + entry.name
+        if is_image(name) and not entry.is_dir():
+            yield _look(entry, name)
+    here = _enter(folder, above) if below else above
+    chosen = [entry for entry in below if entry.name in wanted]
+    for entry in chosen or below:
+        inside = frozenset[str]() if chosen else wanted
+        yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", inside, here)
+
+
+def _list(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(f"shard.source: cannot read {folder} ({error.strerror}).") from None
+
+
+def _enter(folder: Path, above: Ancestors) -> Ancestors:
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in above:
+        raise ValueError(f"shard.source: {folder} is a link to a folder above it; take the link away.")
+    return above | {(status.st_dev, status.st_ino)}
+
+
+def _look(entry: "os.DirEntry[str]", name: str) -> Entry:
+    try:
+        status = entry.stat()
+    except OSError as error:
+        link = "a link that leads nowhere" if entry.is_symlink() else "cannot be read"
+        return Refused(name, f"{link} ({error.strerror})")
+    if not stat.S_ISREG(status.st_mode):
+        return Refused(name, "not a regular file")
+    return Found(name, OWN_FILE, 0, status.st_size, status.st_mtime_ns)

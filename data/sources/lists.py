@@ -1,0 +1,77 @@
+"""Images named by a list: CSV, TSV or Parquet with a column `path` and, for labelled sets, a column `label`."""
+
+import csv
+import importlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data.sources.entries import OWN_FILE, Entry, Found, Refused, normalized
+
+PATH, LABEL = "path", "label"
+LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
+_BATCH = 1 << 13  # rows of Parquet
+
+
+def scan_list(file: Path) -> Iterator[Entry]:
+    """Yield the images that a list names; paths are relative to the list's folder.
+
+    Raises ValueError for a list without a path column and for one that cannot be read.
+    """
+    rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _text_rows(file)
+    for path, label in rows:
+        yield _look(file.parent, path, label)
+
+
+def _look(folder: Path, path: str, label: str | None) -> Entry:
+    name = normalized(path)
+    try:
+        status = os.stat(folder / name)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        return Refused(name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+    if not stat.S_ISREG(status.st_mode):
+        return Refused(name, "not a regular file")
+    return Found(name, OWN_FILE, 0, status.st_size, status.st_mtime_ns, label)
+
+
+def _text_rows(file: Path) -> Iterator[tuple[str, str | None]]:
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        rows = csv.DictReader(text, delimiter=delimiter)
+        try:
+            _refuse_columns(file, rows.fieldnames or [])
+            for row in rows:
+                if not row[PATH] or None in row or None in row.values():
+                    raise ValueError(f"shard.source: {file}, line {rows.line_num}: not one value for every column.")
+                yield row[PATH], row.get(LABEL) or None
+        except csv.Error as error:
+            raise ValueError(f"shard.source: {file}, line {rows.line_num}: {error}.") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, str | None]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(
+            f"shard.source: {file} is Parquet, which PyArrow reads; `pip install pyarrow`, or give the list as CSV."
+        ) from None
+    try:
+        table = parquet.ParquetFile(file)
+    except Exception as error:  # PyArrow's own errors can be named only where it is installed
+        raise ValueError(f"shard.source: {file} is not Parquet ({error}).") from None
+    _refuse_columns(file, table.schema_arrow.names)
+    columns = [name for name in (PATH, LABEL) if name in table.schema_arrow.names]
+    for batch in table.iter_batches(_BATCH, columns=columns):
+        for row in batch.to_pylist():
+            label = row.get(LABEL)
+            yield str(row[PATH]), None if label is None else str(label)
+
+
+def _refuse_columns(file: Path, names: Sequence[str]) -> None:
+    if PATH not in names:
+        found = ", ".join(map(str, names)) or "none"
+        raise ValueError(
+            f"shard.source: {file} has no column {PATH!r} (columns: {found}); name the columns {PATH},{LABEL} in its "
+            "first row."
+        )
