@@ -160,7 +160,7 @@ def _read_shard_index(tar: Path, shard: Shard) -> NDArray[np.int64]:
     # A stale index of another tar reads as silently wrong bytes, so it is bound to its tar by checksum.
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
         raise ValueError(f"{path}: not the index that {MANIFEST_NAME} names; shard the source again.")
-    columns = parse_index(text.decode("ascii"), path)
+    columns = parse_index(text.decode("ascii", "replace"), path)
     if columns.shape[1] != shard.samples:
         raise ValueError(f"{path}: {columns.shape[1]} samples, {MANIFEST_NAME} says {shard.samples}.")
     for start, size in (columns[:2], columns[2:]):
