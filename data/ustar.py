@@ -39,7 +39,7 @@ class HashedTar:
             offset = self._position
             padded = self._read(size + -size % BLOCK)
             if any(padded[size:]):
-                raise TarDamageError(f"byte {offset + size}: {name} is followed by other bytes than zeros")
+                raise TarDamageError(f"byte {offset + size}: {name!r} is followed by other bytes than zeros")
             yield Member(name, offset, padded[:size])
         if any(map(any, self._rest())):
             raise TarDamageError("other bytes than zeros follow the end of the archive")

@@ -13,7 +13,7 @@ from data.ledger import LEDGER_NAME
 from data.manifest import MANIFEST_NAME, Manifest, index_path
 from data.shard import REJECTED_NAME
 from data.shuffle_quality import LEAST_QUALITY, ShuffleQuality, measure
-from data.verify_shard import ShardCheck, ShardReport, check_shard, hashed
+from data.verify_shard import ShardCheck, ShardReport, check_shard
 from data.workers import run_tasks
 
 
@@ -46,9 +46,10 @@ def run(config: VerifyConfig) -> None:
     manifest = _load(directory)
     reports = sorted(_reports(directory, manifest, config), key=lambda report: report.name)
     findings = [*_shard_findings(reports), *_total_findings(manifest, reports), *_key_findings(reports)]
-    findings += [*_rejected_findings(directory, reports), *_stray_findings(directory, manifest)]
+    findings += _stray_findings(directory, manifest)
+    rejected = _count_rejected(directory, findings)
     quality = measure(*(np.concatenate([getattr(r, name) for r in reports]) for name in ("labels", "folders")))
-    print(_table(directory, manifest, reports, quality, len(findings)))
+    print(_table(directory, manifest, reports, quality, {"rejected": rejected, "findings": len(findings)}))
     if findings:
         raise _failure(directory, findings)
     if quality.score < LEAST_QUALITY:
@@ -119,24 +120,20 @@ def _key_findings(reports: list[ShardReport]) -> Iterator[str]:
         yield f"{reports[places[at]].name}: key {keys[at]:09d} occurs twice"
 
 
-def _rejected_findings(directory: Path, reports: list[ShardReport]) -> Iterator[str]:
-    """Yield what is wrong with the list of rejected images."""
+def _count_rejected(directory: Path, findings: list[str]) -> int:
+    """Count the rows of the list of rejected images; add what is wrong with it."""
     path = directory / REJECTED_NAME
     if not path.is_file():
-        return
+        return 0
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = list(csv.reader(file))
-    except (csv.Error, ValueError, OSError) as error:
-        yield f"{REJECTED_NAME}: not a list of rejected images ({error})"
-        return
+    except (csv.Error, OSError) as error:
+        findings.append(f"{REJECTED_NAME}: not a list of rejected images ({error})")
+        return 0
     if rows[:1] != [["path", "reason"]] or any(len(row) != 2 for row in rows):
-        yield f"{REJECTED_NAME}: not rows of path and reason"
-        return
-    held = np.concatenate([report.paths for report in reports])
-    both = np.isin(np.array([hashed(row[0]) for row in rows[1:]], np.uint64), held)
-    for row in np.flatnonzero(both).tolist():
-        yield f"{REJECTED_NAME}: {rows[1 + row][0]!r} is in the set"
+        findings.append(f"{REJECTED_NAME}: not rows of path and reason")
+    return max(0, len(rows) - 1)
 
 
 def _stray_findings(directory: Path, manifest: Manifest) -> Iterator[str]:
@@ -158,7 +155,7 @@ def _shuffle_warning(directory: Path, quality: ShuffleQuality) -> str:
 
 
 def _table(
-    directory: Path, manifest: Manifest, reports: list[ShardReport], quality: ShuffleQuality, findings: int
+    directory: Path, manifest: Manifest, reports: list[ShardReport], quality: ShuffleQuality, counts: dict[str, int]
 ) -> str:
     runs = f" (class runs of {quality.run:.2f}, {quality.random_run:.2f} if random)" if manifest.classes else ""
     rows = {
@@ -170,6 +167,6 @@ def _table(
         "largest": f"{max(r.max_width for r in reports)} wide, {max(r.max_height for r in reports)} high",
         "fingerprint": manifest.fingerprint[:16],
         "shuffle": f"{quality.score:.2f}{runs}",
-        "findings": findings,
+        **counts,
     }
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())

@@ -35,7 +35,7 @@ class ShardCheck:
 class ShardReport:
     """What was seen in a shard and where it disagrees with the manifest or its index.
 
-    keys, labels (-1: none): of the samples in order, int64; paths, folders: hashes of where each came from, uint64.
+    Of the samples in order: keys and labels (-1: none), int64; folders: hashes of where each came from, uint64.
     """
 
     name: str
@@ -46,7 +46,6 @@ class ShardReport:
     decoded: int = 0
     keys: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    paths: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     folders: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     findings: list[str] = field(default_factory=list)
     more: int = 0
@@ -89,8 +88,8 @@ def check_shard(check: ShardCheck) -> ShardReport:
     return report
 
 
-def hashed(text: str) -> int:
-    """Return 64 bits that identify a path of the source."""
+def _hashed(text: str) -> int:
+    """Return 64 bits that identify a folder of the source."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -128,12 +127,14 @@ def _check_sample(
     facts.append(said)
     if not (key and _DIGITS.issuperset(key) and len(key) < 19):
         report.find(f"sample {key!r} has a key that is not a number")
-    else:
-        said.key = int(key)
+        return
+    said.key = int(key)
     extensions = [_extension(member) for member in members]
     expected = ["cls", "jpg", "json"] if check.classes else ["jpg", "json"]
     if extensions != expected:
-        report.find(f"sample {key} has members {', '.join(extensions)} instead of {', '.join(expected)}")
+        report.find(
+            f"sample {key} has members {', '.join(map(_printable, extensions))} instead of {', '.join(expected)}"
+        )
         return
     if check.classes:
         _check_label(key, members[0].content, check.classes, said, report)
@@ -144,6 +145,11 @@ def _check_sample(
 
 def _extension(member: Member) -> str:
     return member.name.partition(".")[2]
+
+
+def _printable(name: str) -> str:
+    """Escape what could steer a terminal."""
+    return name.encode("unicode_escape").decode("ascii")
 
 
 def _check_label(key: str, label: bytes, classes: int, said: Facts, report: ShardReport) -> None:
@@ -180,8 +186,7 @@ def _summarize(facts: list[Facts], report: ShardReport) -> None:
     report.max_width = max((each.width for each in facts), default=0)
     report.keys = np.array([each.key for each in facts], np.int64)
     report.labels = np.array([each.label for each in facts], np.int64)
-    report.paths = np.array([hashed(each.path) for each in facts], np.uint64)
-    report.folders = np.array([hashed(each.path.rpartition("/")[0]) for each in facts], np.uint64)
+    report.folders = np.array([_hashed(each.path.rpartition("/")[0]) for each in facts], np.uint64)
 
 
 def _check_index(path: Path, shard: Shard, rows: list[str] | None, report: ShardReport) -> None:
