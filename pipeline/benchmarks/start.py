@@ -128,5 +128,5 @@ def _verdict(row: dict[str, Any]) -> str:
     relation = "below" if row["seconds_high"] < LIMIT_SECONDS else "NOT below"
     return (
         f"{SHARDS:,} shards, {SAMPLES:,} samples: median {row['seconds']:.2f} s, at most {row['seconds_high']:.2f} s, "
-        f"{relation} the {LIMIT_SECONDS:g} s that a start may take."
+        f"{relation} the {LIMIT_SECONDS:g} s that a start may take; {row['cpu_seconds']:.2f} s of it CPU time."
     )

@@ -17,6 +17,7 @@ _POLL_SECONDS = 0.01
 _QUIET_SECONDS = 0.25
 # Of one core: more than polling costs, less than any stage of a loader that has something to do.
 _BUSY_SHARE = 0.2
+_PATIENCE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,15 @@ def measure(stream: Stream, batches: int, batch_size: int) -> Round:
 
 
 def settled() -> tuple[float, float]:
-    """Wait until this process and its workers rest; return their CPU seconds and when the last work ended."""
+    """Wait until this process and its workers rest; return their CPU seconds and when the last work ended.
+
+    Raises RuntimeError when they never do.
+    """
     cpu, now = cpu_seconds(), time.perf_counter()
-    active = now
+    began = active = now
     while now - active < _QUIET_SECONDS:
+        if now - began > _PATIENCE_SECONDS:
+            raise RuntimeError(f"after {now - began:.0f} s this process or its workers are still busy")
         time.sleep(_POLL_SECONDS)
         cpu_before, before = cpu, now
         cpu, now = cpu_seconds(), time.perf_counter()

@@ -1,12 +1,14 @@
 """Ratios and medians by hand; the CPU clock sees threads and worker processes."""
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from pipeline.benchmarks import timing
 from pipeline.benchmarks.timing import Round, Spread, Stream, alternate, cpu_seconds, fastest, measure, ratios
 
 
@@ -69,7 +71,8 @@ def test_streams_take_turns_and_are_closed() -> None:
         finally:
             turns.append(f"{name} closed")
 
-    measured = alternate({"a": stream("a"), "b": stream("b")}, rounds=2, batches=2, batch_size=1)
+    streams = {"a": stream("a"), "b": stream("b")}
+    measured = alternate(streams, rounds=2, batches=2, batch_size=1)
     assert turns == [*"aabb" * 3, "a closed", "b closed"]
     assert [len(each) for each in measured.values()] == [2, 2]
 
@@ -88,9 +91,23 @@ def test_streams_are_closed_when_one_fails() -> None:
         finally:
             closed.append("patient")
 
+    streams = {"patient": patient(), "failing": failing()}
     with pytest.raises(RuntimeError, match="broken"):
-        alternate({"patient": patient(), "failing": failing()}, rounds=2, batches=1, batch_size=1)
+        alternate(streams, rounds=2, batches=1, batch_size=1)
     assert closed == ["patient"]
+
+
+def test_a_process_that_never_rests_is_no_endless_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_PATIENCE_SECONDS", 0.3)
+    over = threading.Event()
+    busy = threading.Thread(target=lambda: [burn(0.01) for _ in iter(over.is_set, True)])
+    busy.start()
+    try:
+        with pytest.raises(RuntimeError, match="still busy"):
+            measure(burning(0.01), batches=1, batch_size=1)
+    finally:
+        over.set()
+        busy.join()
 
 
 def burn_and_wait(pipe: Any) -> None:
