@@ -132,7 +132,8 @@ class Loader:
         """
         began = time.perf_counter()
         if isinstance(self._order, ShuffledOrder):
-            self._stage.follow(needs(self._order, start, self._rank, self._world_size))
+            self._stage.advance(start)
+            self._stage.follow(needs(self._order, start, self._rank, self._world_size), horizon=self.num_samples)
         flow = self._open(start, stop)
         try:
             while True:

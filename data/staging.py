@@ -61,7 +61,7 @@ class Originals:
         """Return where to read a shard."""
         return self._originals[shard]
 
-    def follow(self, upcoming: Iterator[Need]) -> None:
+    def follow(self, upcoming: Iterator[Need], horizon: int) -> None:
         """Do nothing."""
 
     def advance(self, place: int) -> None:
@@ -102,11 +102,11 @@ class Stage(Originals):
         """Return where to read a shard now."""
         return self._copies.get(shard) or self._originals[shard]
 
-    def follow(self, upcoming: Iterator[Need]) -> None:
-        """Begin to copy what comes next, in a thread; ends what was followed before."""
+    def follow(self, upcoming: Iterator[Need], horizon: int) -> None:
+        """Copy, in a thread, what is needed within the next ``horizon`` places; end what was followed before."""
         self._end_thread()
         self._stopping = False
-        self._thread = threading.Thread(target=self._copy_all, args=(upcoming,), name="stage", daemon=True)
+        self._thread = threading.Thread(target=self._copy_all, args=(upcoming, horizon), name="stage", daemon=True)
         self._thread.start()
 
     def advance(self, place: int) -> None:
@@ -131,27 +131,34 @@ class Stage(Originals):
         if self._thread is not None:
             self._thread.join()
 
-    def _copy_all(self, upcoming: Iterator[Need]) -> None:
+    def _copy_all(self, upcoming: Iterator[Need], horizon: int) -> None:
         for need in upcoming:
-            with self._changed:
-                self._last_use[need.shard] = max(need.last, self._last_use.get(need.shard, 0))
-                if need.shard in self._copies:
-                    continue
+            if not self._wait_until_near(need, horizon):
+                return
             if self._make_room(need):
                 self._copy(need.shard)
-            if self._stopping:
-                return
+
+    def _wait_until_near(self, need: Need, horizon: int) -> bool:
+        """Wait until a shard is needed soon enough to think of it; return False when the stage ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or need.first < self._place + horizon)
+            return not self._stopping
 
     def _make_room(self, need: Need) -> bool:
-        """Wait until a shard fits; return False when it is of no more use, never fits, or the stage ends."""
+        """Wait until a shard fits; return False when it is there, is of no more use, or never fits."""
         size = self._sizes[need.shard]
         with self._changed:
-            while not self._stopping and need.last >= self._place and size <= self._limit:
-                if self._used + size <= self._limit:
-                    self._used += size
-                    return True
-                self._changed.wait()
-        return False
+            self._last_use[need.shard] = max(need.last, self._last_use.get(need.shard, 0))
+            if need.shard in self._copies:
+                return False
+            self._changed.wait_for(lambda: self._hopeless(need, size) or self._used + size <= self._limit)
+            if self._hopeless(need, size):
+                return False
+            self._used += size
+            return True
+
+    def _hopeless(self, need: Need, size: int) -> bool:
+        return self._stopping or need.last < self._place or size > self._limit
 
     def _copy(self, shard: int) -> None:
         copy = self.folder / self._originals[shard].name

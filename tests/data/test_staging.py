@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,7 @@ def test_copies_are_made_ahead_within_the_limit_and_go_behind(
     stage: Callable[..., Stage], originals: list[Path]
 ) -> None:
     near = stage()
-    near.follow(in_turn([4, 2, 0, 1, 3]))
+    near.follow(in_turn([4, 2, 0, 1, 3]), horizon=100)
     until(lambda: len(near._copies) == 3)
     assert staged(near) == [originals[k].name for k in (0, 2, 4)]
     assert near.path(4).read_bytes() == originals[4].read_bytes()
@@ -104,7 +104,7 @@ def test_copies_are_made_ahead_within_the_limit_and_go_behind(
 
 def test_a_shard_that_is_needed_again_stays(stage: Callable[..., Stage]) -> None:
     near = stage()
-    near.follow(iter([Need(0, 0, 9), Need(1, 5, 30), Need(0, 20, 40)]))
+    near.follow(iter([Need(0, 0, 9), Need(1, 5, 30), Need(0, 20, 40)]), horizon=100)
     until(lambda: near._last_use.get(0) == 40)
     near.advance(15)
     assert set(near._copies) == {0, 1}
@@ -112,9 +112,27 @@ def test_a_shard_that_is_needed_again_stays(stage: Callable[..., Stage]) -> None
     assert set(near._copies) == {0}
 
 
+def test_endless_needs_are_met_one_horizon_ahead_and_no_further(stage: Callable[..., Stage]) -> None:
+    """A set that fits whole: the thread rests until the run comes near, and ends when it is told to."""
+    near, asked = stage(limit=10 * SIZE), []
+
+    def epochs() -> Iterator[Need]:
+        for place in count(0, 10):
+            asked.append(place)
+            yield Need(place // 10 % 6, place, place + 9)
+
+    near.follow(epochs(), horizon=60)
+    until(lambda: len(near._copies) == 6)
+    until(lambda: asked[-1] == 60)
+    near.advance(25)
+    until(lambda: asked[-1] == 90)
+    near.close()
+    assert asked[-1] == 90
+
+
 def test_a_shard_larger_than_the_limit_is_left_where_it_is(stage: Callable[..., Stage], originals: list[Path]) -> None:
     near = stage(limit=SIZE - 1)
-    near.follow(in_turn([0, 1]))
+    near.follow(in_turn([0, 1]), horizon=100)
     until(lambda: near._thread is not None and not near._thread.is_alive())
     assert near.path(0) == originals[0]
 
@@ -135,7 +153,7 @@ def test_a_full_disk_stops_the_copies_and_not_the_run(
         copyfile(source, target)
 
     monkeypatch.setattr(staging.shutil, "copyfile", full_after_two)
-    near.follow(in_turn([0, 1, 2, 3]))
+    near.follow(in_turn([0, 1, 2, 3]), horizon=100)
     until(lambda: bool(caplog.messages))
     assert "No space left on device" in caplog.messages[0]
     assert near._limit == 2 * SIZE
@@ -152,7 +170,7 @@ def test_an_original_of_another_size_is_not_taken(
 ) -> None:
     originals[0].write_bytes(b"cut")
     near = stage()
-    near.follow(in_turn([0]))
+    near.follow(in_turn([0]), horizon=100)
     until(lambda: bool(caplog.messages))
     assert near.path(0) == originals[0]
 
@@ -161,7 +179,7 @@ def test_closing_removes_what_it_wrote_and_nothing_else(stage: Callable[..., Sta
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / "mine.tar").write_bytes(b"precious")
     near = stage()
-    near.follow(in_turn([0, 1]))
+    near.follow(in_turn([0, 1]), horizon=100)
     until(lambda: len(near._copies) == 2)
     (near.folder / "notes.txt").write_text("somebody's")
     near.close()
@@ -177,7 +195,7 @@ def test_the_copies_of_a_killed_process_go_and_those_of_a_living_one_stay(
         "import sys, time; from pathlib import Path; from data.staging import Need, Stage\n"
         "paths = [Path(each) for each in sys.argv[2:]]\n"
         "stage = Stage(Path(sys.argv[1]), 10**6, paths, [1000] * len(paths))\n"
-        "stage.follow(iter([Need(0, 0, 9)]))\n"
+        "stage.follow(iter([Need(0, 0, 9)]), horizon=100)\n"
         "while 0 not in stage._copies: time.sleep(0.01)\n"
         "print(stage.folder, flush=True); time.sleep(600)\n"
     )
@@ -201,7 +219,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(originals: list[Path], tm
 
 def test_without_staging_shards_are_read_where_they_lie(originals: list[Path]) -> None:
     stage = Originals(originals)
-    stage.follow(in_turn([0]))
+    stage.follow(in_turn([0]), horizon=100)
     stage.advance(3)
     assert stage.path(0) == originals[0]
     stage.close()
