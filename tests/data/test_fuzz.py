@@ -40,6 +40,15 @@ def damage(rng: random.Random, content: bytes, other: bytes = b"") -> bytes:
     return content
 
 
+def damage_within(rng: random.Random, content: bytes, other: bytes) -> bytes:
+    """Damage an archive in some place of it, be it a header or content."""
+    if rng.random() < 0.3:
+        return damage(rng, content, other)
+    start = rng.randrange(len(content))
+    end = start + rng.choice((100, 1000, 5000))
+    return content[:start] + damage(rng, content[start:end], other) + content[end:]
+
+
 def flip(rng: random.Random, content: bytes, other: bytes) -> bytes:
     flipped = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8)) if content else 0):
@@ -142,7 +151,7 @@ def damaged_set(rng: random.Random, folder: Path, names: str) -> tuple[Path, str
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(sound, copy)
     victim, other = rng.choice(sorted(copy.glob(names))), rng.choice(sorted(copy.glob(names)))
-    victim.write_bytes(damage(rng, victim.read_bytes(), other.read_bytes()))
+    victim.write_bytes(damage_within(rng, victim.read_bytes(), other.read_bytes()))
     return copy, victim.name
 
 
@@ -219,7 +228,7 @@ def shard_case(seed: int, folder: Path) -> str:
     rng = random.Random(seed)
     sound = sound_tar(folder)
     source, output = folder / "damaged.tar", folder / "out"
-    source.write_bytes(damage(rng, sound, sound))
+    source.write_bytes(damage_within(rng, sound, sound))
     shutil.rmtree(output, ignore_errors=True)
     try:
         run(ShardConfig(str(source), str(output), samples_per_shard=9, workers=1, max_rejected=1000))
