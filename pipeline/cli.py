@@ -51,6 +51,9 @@ def dispatch(arguments: list[str]) -> int:
         return _refuse(REFUSED, error)
     except VerificationError as error:
         return _refuse(FAILED, error)
+    except distributed.ProcessFailedError as error:
+        print(f"coldpress: {error}", file=sys.stderr)  # whichever process it is: perhaps no other one knows
+        return FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

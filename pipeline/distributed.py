@@ -20,6 +20,10 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 
+class ProcessFailedError(Exception):
+    """One process cannot go on, for a reason that its user can understand; the others may know nothing of it."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers."""

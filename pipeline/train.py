@@ -13,7 +13,7 @@ from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
 from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.config import TrainConfig
-from pipeline.distributed import World
+from pipeline.distributed import ProcessFailedError, World
 from pipeline.engine import Engine
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
@@ -56,7 +56,7 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
         return train(config, world, stop, parts, state, directory)
     except ValueError as error:
         # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
-        raise RuntimeError(f"process {world.rank} failed at step {state.step}: {error}") from error
+        raise ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}") from error
 
 
 def train(
