@@ -33,14 +33,14 @@ def read_header(encoded: bytes) -> JpegHeader | None:
         if marker == 0xFF:  # any number of these may stand before a marker
             at += 1
             continue
-        length = int.from_bytes(encoded[at + 2 : at + 4], "big")
-        if marker in _BARE or length < 2:
+        if marker in _BARE:
             return None
         if marker == _SCAN:
             return JpegHeader(frames[0], at) if len(frames) == 1 else None
         if marker in _FRAMES:
             frames.append(marker)
-        at += 2 + length
+        # A length below two, its own, leads to its own bytes, which are no marker.
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     return None
 
 

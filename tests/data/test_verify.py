@@ -228,6 +228,15 @@ def test_bytes_behind_the_archive_are_found(shards):
     assert "not a readable tar: other bytes than zeros follow the end of the archive" in findings(shards)
 
 
+def test_bytes_between_members_are_found(shards):
+    tar = shards / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[1023] = 1  # the label's block is otherwise empty
+    tar.write_bytes(content)
+    forge(shards, 1)
+    assert "byte 513: '000000010.cls' is followed by other bytes than zeros" in findings(shards)
+
+
 def header(**fields) -> bytes:
     info = tarfile.TarInfo("000000030.jpg")
     for name, value in fields.items():
