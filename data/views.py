@@ -22,9 +22,9 @@ class ViewSpec:
 
     size: side of the square view in pixels. crop: "random" (share of the area from ``scale``, aspect ratio
     from ``ratio``) or "center" (a square of ``center_fraction`` of the shorter side). jitter: strengths of
-    brightness, contrast, saturation and hue (turns), applied with ``jitter_probability`` in this order. flip,
-    grayscale, blur, solarize: probabilities. blur_sigma in pixels. interpolation: "bilinear" or "bicubic",
-    antialiased.
+    brightness, contrast, saturation and hue (turns), applied with ``jitter_probability``, in an order that is
+    drawn too. flip, grayscale, blur, solarize: probabilities. blur_sigma in pixels. interpolation: "bilinear" or
+    "bicubic", antialiased.
     """
 
     size: int
@@ -68,6 +68,14 @@ class Column(IntEnum):
     GRAYSCALE = 10  # 0 or 1
     SIGMA = 11  # of the blur, in pixels; 0 = no blur
     SOLARIZE = 12  # 0 or 1
+    FIRST = 13  # the order of the jitter: the column of the operator that comes first, and so on
+    SECOND = 14
+    THIRD = 15
+    FOURTH = 16
+
+
+JITTERS = (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION, Column.HUE)
+"""The operators of color jitter, by the column of their parameter."""
 
 
 def draw(
@@ -107,6 +115,9 @@ def _fill_color(spec: ViewSpec, rows: NDArray[np.float64], numbers: NDArray[np.f
         rows[:, column] = np.where(jitter, factor, 1.0)
     hue = 360.0 * _between(numbers[:, Column.HUE], -spec.jitter[3], spec.jitter[3])
     rows[:, Column.HUE] = np.where(jitter, hue, 0.0)
+    # Sorting independent numbers gives every order the same chance.
+    order = Column.BRIGHTNESS + np.argsort(numbers[:, Column.FIRST :], axis=1)
+    rows[:, Column.FIRST :] = np.where(jitter[:, None], order, JITTERS)
     rows[:, Column.GRAYSCALE] = numbers[:, Column.GRAYSCALE] < spec.grayscale
     # The numbers at the box columns are free here, since the crop has its own: one decides on the blur.
     blur = numbers[:, Column.TOP] < spec.blur

@@ -1,5 +1,6 @@
 """Parameters follow torchvision's laws and depend on nothing but (seed, epoch, sample, view)."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import chisquare
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from data.views import Column, ViewSpec, center_view, draw
+from data.views import JITTERS, Column, ViewSpec, center_view, draw
 
 N = 8000
 
@@ -89,10 +91,26 @@ def test_probabilities_and_ranges() -> None:
     assert (still == [1, 1, 1, 0]).all()
 
 
+def test_every_order_of_the_jitter_is_as_likely() -> None:
+    """As in torchvision's ColorJitter, which permutes its four operators."""
+    drawn = rows(ViewSpec(32, jitter_probability=1.0))[:, Column.FIRST :]
+    orders, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert sorted(map(tuple, orders)) == sorted(itertools.permutations(JITTERS))
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_the_order_depends_on_nothing_else() -> None:
+    drawn = rows(ViewSpec(32, jitter_probability=1.0, blur=0.5, solarize=0.5, grayscale=0.5))
+    others = [Column.HEIGHT, *range(Column.BRIGHTNESS, Column.FIRST)]
+    correlation = np.corrcoef(drawn[:, [*others, *range(Column.FIRST, len(Column))]].T)
+    assert np.abs(correlation[: len(others), len(others) :]).max() < 0.05
+
+
 def test_columns_are_uncorrelated() -> None:
     spec = ViewSpec(32, jitter_probability=1.0, blur=0.5, solarize=0.5, grayscale=0.5)
     drawn = rows(spec)
-    random = [c for c in Column if c != Column.JITTER and c not in (Column.TOP, Column.LEFT, Column.WIDTH)]
+    # The parts of a box depend on each other, and so do those of an order.
+    random = [Column.HEIGHT, Column.FLIP, *range(Column.BRIGHTNESS, Column.FIRST)]
     correlation = np.corrcoef(drawn[:, random].T) - np.eye(len(random))
     assert np.abs(correlation).max() < 0.05
 
@@ -110,7 +128,9 @@ def test_every_part_of_the_place_matters_and_nothing_else() -> None:
 
 def test_views_with_the_same_numbers_differ_only_where_their_specs_do() -> None:
     plain, solarized = rows(ViewSpec(32)), rows(ViewSpec(32, solarize=0.5))
-    assert (plain[:, : Column.SOLARIZE] == solarized[:, : Column.SOLARIZE]).all()
+    same = [column for column in Column if column != Column.SOLARIZE]
+    assert (plain[:, same] == solarized[:, same]).all()
+    assert (plain[:, Column.SOLARIZE] != solarized[:, Column.SOLARIZE]).any()
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (48, 48)])
@@ -118,5 +138,5 @@ def test_center_view_is_deterministic(height: int, width: int) -> None:
     drawn = rows(center_view(224), height, width, n=20)
     side = round(0.875 * min(height, width))
     box = [(height - side) // 2, (width - side) // 2, side, side]
-    neutral = [0, 0, 1, 1, 1, 0, 0, 0, 0]
+    neutral = [0, 0, 1, 1, 1, 0, 0, 0, 0, *JITTERS]
     assert (drawn == box + neutral).all()
