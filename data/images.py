@@ -104,26 +104,26 @@ def _open(encoded: bytes, policy: ImagePolicy) -> Image.Image:
     except UnidentifiedImageError:
         raise RejectedError(_unidentified(encoded)) from None
     except Image.DecompressionBombError:
-        raise RejectedError(f"has more pixels than max_pixels={policy.max_pixels}") from None
+        raise RejectedError(f"too many pixels: over {PILLOW_MAX_PIXELS}, max_pixels={policy.max_pixels}") from None
     width, height = image.size
     if min(width, height) < 1:
-        raise RejectedError(f"has {width}x{height} pixels")
+        raise RejectedError(f"no pixels: {width}x{height}")
     if width * height > policy.max_pixels:
-        raise RejectedError(f"{width}x{height} pixels are more than max_pixels={policy.max_pixels}")
+        raise RejectedError(f"too many pixels: {width}x{height}, max_pixels={policy.max_pixels}")
     if max(width, height) > policy.max_aspect_ratio * min(width, height):
-        raise RejectedError(f"{width}x{height} pixels are longer than max_aspect_ratio={policy.max_aspect_ratio:g}")
+        raise RejectedError(f"too long and thin: {width}x{height}, max_aspect_ratio={policy.max_aspect_ratio:g}")
     if max(width, height) > MAX_SIDE:
-        raise RejectedError(f"{width}x{height} pixels: a JPEG has sides of at most {MAX_SIDE}")
+        raise RejectedError(f"too long: {width}x{height}, a JPEG has sides of at most {MAX_SIDE}")
     return image
 
 
 def _unidentified(encoded: bytes) -> str:
     if encoded[:2] == b"\xff\xd8":
-        return "broken: the header of the JPEG is damaged or of a kind that is not supported"
+        return "broken: the header of the JPEG is damaged, or of a kind that is not supported"
     if encoded[:512].lstrip()[:1] == b"<":
-        return "not an image but markup (HTML, XML or SVG)"
+        return "not an image: markup (HTML, XML or SVG)"
     if not any(encoded):
-        return "not an image but zeros"
+        return "not an image: zeros"
     return f"not an image of a supported format ({', '.join(FORMATS)}), or its header is damaged"
 
 
@@ -133,7 +133,7 @@ def _check_scans(encoded: bytes) -> JpegHeader | None:
     if header and not has_end(encoded, header):
         raise RejectedError("truncated: the JPEG has no end marker")
     if count_scans(encoded, header.scan if header else 0) > MAX_SCANS:
-        raise RejectedError(f"a JPEG of more than {MAX_SCANS} scans, which takes unbounded time to decode")
+        raise RejectedError(f"too many scans: over {MAX_SCANS}, each of which a decoder passes over the image for")
     return header
 
 
@@ -169,7 +169,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode not in _SHALLOW_MODES:
-        raise RejectedError(f"{image.format} of mode {image.mode}: scale its values to 8 bits per channel yourself")
+        raise RejectedError(f"too many bits: {image.format} of mode {image.mode}; scale its values to 8 bits yourself")
     return image.convert("RGB")
 
 
