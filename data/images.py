@@ -170,7 +170,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode not in _SHALLOW_MODES:
         raise RejectedError(f"too many bits: {image.format} of mode {image.mode}; scale its values to 8 bits yourself")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _scale(image: Image.Image, shorter_side: int) -> Image.Image:
@@ -181,7 +181,8 @@ def _scale(image: Image.Image, shorter_side: int) -> Image.Image:
 
 def _encode(image: Image.Image, policy: ImagePolicy, treatment: str) -> Jpeg:
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=policy.quality, subsampling="4:4:4")
+    # Pillow would hand on a comment of the original.
+    image.save(out, "JPEG", quality=policy.quality, subsampling="4:4:4", comment=b"")
     return Jpeg(out.getvalue(), image.width, image.height, treatment)
 
 

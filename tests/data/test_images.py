@@ -173,6 +173,13 @@ def test_larger_images_are_scaled_down_to_the_shorter_side(mode):
     assert np.abs(shown(jpeg.content) - want).mean() < 3
 
 
+def test_nothing_but_the_picture_is_encoded_anew():
+    words = {"comment": b"words" * 20_000, "exif": Image.Exif(), "icc_profile": b"x" * 300}
+    plain, wordy = (as_jpeg(encoded(clouds("P"), "GIF", **options)) for options in ({}, {"comment": words["comment"]}))
+    assert plain == wordy
+    assert as_jpeg(encoded(clouds(), "PNG", **words)) == as_jpeg(encoded(clouds(), "PNG"))
+
+
 def test_images_that_are_small_enough_keep_their_bytes():
     original = encoded(clouds())
     assert as_jpeg(original, ImagePolicy(shorter_side=24)) == (original, 36, 24, "kept")
