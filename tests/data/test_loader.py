@@ -235,6 +235,11 @@ def test_many_broken_samples_are_all_replaced_on_every_rank(make: Any, drawn_sha
     sound = joined(list(make(batch_size=24).batches(stop=96)))
     differing = {k for k in range(96) if not torch.equal(whole[1][0][k], sound[1][0][k])}
     assert differing == {k for k in range(96) if ids[k] in range(0, 20, 2)}
+    later = ShuffledOrder(index.counts, 5).place(np.arange(24 * 40))[1].reshape(-1, 24)
+    true = [sample.label for sample in Reader(SampleIndex.load(drawn_shards, index.manifest)).read(range(48))]
+    for place in range(96):
+        candidates = later[place // 24 :, place % 24]
+        assert whole[2][place] == true[next(k for k in candidates if k not in range(0, 20, 2))]
     ranks = [make(shards=copy, batch_size=24, rank=rank, world_size=2) for rank in range(2)]
     assert_same(whole, joined(in_global_order([list(loader.batches(stop=96)) for loader in ranks])))
     resumed = joined(list(make(shards=copy, batch_size=24).batches(start=48, stop=96)))
@@ -287,6 +292,7 @@ def test_staged_copies_change_no_bit_and_go_in_the_end(make: Any, drawn_shards: 
     loader = make(staging=str(tmp_path / "local"), staging_gigabytes=1e-4)
     assert_same(sound, joined(list(loader.batches(stop=200))))
     assert loader._stage._copies
+    assert loader._stage._place == 192  # of the last batch's first sample
     loader.close()
     assert list((tmp_path / "local").iterdir()) == []
 

@@ -95,6 +95,15 @@ def test_a_lane_goes_from_window_to_window() -> None:
     assert all(len(set(shards[k : k + 25].tolist())) == 2 for k in range(0, 100, 25))
 
 
+def test_windows_begin_where_their_lane_does() -> None:
+    """Eight lanes of 7.5 shards, windows of four: an odd lane's first one is half a shard and three whole ones."""
+    order = ShuffledOrder([50] * 60, seed=1)
+    shards = order.permutation(0) // 50
+    for lane in range(8):
+        first = shards[lane::8][:150]
+        assert len(set(first.tolist())) == order.window == 4
+
+
 @pytest.mark.parametrize("samples", [2, 10, 70, 640])
 def test_small_sets_are_mixed_evenly(samples: int) -> None:
     """Over epochs, every sample is everywhere: its mean position lies around the middle, within 5 sigma."""

@@ -165,6 +165,19 @@ def test_a_full_disk_stops_the_copies_and_not_the_run(
     assert len(caplog.messages) == 1
 
 
+def test_a_copy_that_comes_too_late_goes_at_once(stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    copyfile, near = staging.shutil.copyfile, stage()
+
+    def slowly(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        near.advance(10)
+
+    monkeypatch.setattr(staging.shutil, "copyfile", slowly)
+    near.follow(in_turn([0, 1]), horizon=100)
+    until(lambda: 1 in near._copies)
+    assert staged(near) == ["train-000001.tar"]
+
+
 def test_an_original_of_another_size_is_not_taken(
     stage: Callable[..., Stage], originals: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
