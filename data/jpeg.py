@@ -16,10 +16,15 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
 class JpegHeader(NamedTuple):
-    """``frame``: which marker 0xC0 to 0xCF announces the image; ``scan``: offset of the first scan's marker."""
+    """``frame``: which marker 0xC0 to 0xCF announces the image; ``scan``: offset of the first scan's marker.
+
+    height, width: pixels of the decoded image.
+    """
 
     frame: int
     scan: int
+    height: int
+    width: int
 
 
 def read_header(encoded: bytes) -> JpegHeader | None:
@@ -36,12 +41,17 @@ def read_header(encoded: bytes) -> JpegHeader | None:
         if marker in _BARE:
             return None
         if marker == _SCAN:
-            return JpegHeader(frames[0], at) if len(frames) == 1 else None
+            return _header(encoded, frames[0], at) if len(frames) == 1 else None
         if marker in _FRAMES:
-            frames.append(marker)
+            frames.append(at)
         # A length below two, its own, leads to its own bytes, which are no marker.
         at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     return None
+
+
+def _header(encoded: bytes, frame: int, scan: int) -> JpegHeader | None:
+    height, width = (int.from_bytes(encoded[frame + at : frame + at + 2], "big") for at in (5, 7))
+    return JpegHeader(encoded[frame + 1], scan, height, width) if height and width else None
 
 
 def has_end(encoded: bytes, header: JpegHeader) -> bool:

@@ -1,7 +1,6 @@
 """Read samples of a sharded set by their place in the tars."""
 
 import os
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,13 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.jpeg import read_header
 from data.manifest import SampleIndex
 
 # All windows of the shuffled order, for one rank alone; below the usual limit of 1024 open files.
 _OPEN_TARS = 256
-_NO_PAYLOAD = frozenset({0x01, *range(0xD0, 0xD9)})
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_END_OF_HEADERS = frozenset({0xD9, 0xDA})
 _TAR_BLOCK, _TAR_NAME = 512, 100
 
 
@@ -66,7 +63,8 @@ class Reader:
             header = self._pread(path, _TAR_NAME, int(self._index.offset[sample]) - _TAR_BLOCK)
         except OSError:
             header = b"?"
-        member = header.partition(b"\0")[0].decode("ascii", "replace")
+        # Raw bytes of a damaged tar could steer the terminal that shows them.
+        member = ascii(header.partition(b"\0")[0].decode("ascii", "replace"))[1:-1]
         return Damage(
             sample,
             f"{path}: sample {member} is not the image that was packed ({why}); "
@@ -78,9 +76,7 @@ class Reader:
         try:
             image = self._bytes(shard, int(index.offset[sample]), int(index.size[sample]))
             label = self._bytes(shard, int(index.label_offset[sample]), int(index.label_size[sample]))
-            height, width = jpeg_size(image)
-            if height > index.manifest.max_height or width > index.manifest.max_width:
-                raise _DamagedError(f"{width} x {height} pixels, more than any that was packed")
+            height, width = self._size(image)
             return Sample(sample, np.frombuffer(image, np.uint8), height, width, self._class_id(label))
         except _DamagedError as damage:
             return self.describe(sample, str(damage))
@@ -109,11 +105,19 @@ class Reader:
             # A network file system may have forgotten the open file (ESTALE); a new one is of use then.
             return os.pread(_Tar(path).descriptor, size, offset)
 
+    def _size(self, image: bytes) -> tuple[int, int]:
+        header, manifest = read_header(image), self._index.manifest
+        if header is None:
+            raise _DamagedError("no header of a JPEG")
+        if header.height > manifest.max_height or header.width > manifest.max_width:
+            raise _DamagedError(f"{header.width} x {header.height} pixels, more than any that was packed")
+        return header.height, header.width
+
     def _class_id(self, label: bytes) -> int:
         if not label:
             return -1
         if not label.isdigit() or int(label) >= len(self._index.manifest.classes):
-            raise _DamagedError(f"class {label[:20].decode('ascii', 'replace')}")
+            raise _DamagedError(f"class {ascii(label[:20])[2:-1]}")
         return int(label)
 
 
@@ -130,33 +134,3 @@ class _Tar:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return height and width from the frame header of a JPEG (ITU-T T.81, annex B).
-
-    Raises ValueError when there is none.
-    """
-    if data[:2] != b"\xff\xd8":
-        raise _DamagedError("not a JPEG")
-    position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker in _START_OF_FRAME:
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            if height and width:
-                return height, width
-            break
-        if marker in _END_OF_HEADERS:
-            break
-        position += _segment_bytes(data, position, marker)
-    raise _DamagedError("a JPEG without a frame header")
-
-
-def _segment_bytes(data: bytes, position: int, marker: int) -> int:
-    if marker == 0xFF:  # a fill byte
-        return 1
-    if marker in _NO_PAYLOAD:
-        return 2
-    (length,) = struct.unpack_from(">H", data, position + 2)
-    return 2 + int(length)
