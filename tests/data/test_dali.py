@@ -14,7 +14,7 @@ import torchvision.transforms.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from data.dali import MEAN, STD, Encoded, ViewPipeline, build_graph
+from data.dali import COLORS, MEAN, STD, Decoding, Encoded, ViewPipeline, build_graph
 from data.views import Column, ViewSpec, center_view, draw
 
 PHOTOS = Path(__file__).parents[2] / "../shared/data/photos128.tar"
@@ -98,7 +98,7 @@ def torch_blur(picture: Image.Image, sigma: float) -> Image.Image:
 
 
 def rotate_yiq(picture: Image.Image, degrees: float) -> Image.Image:
-    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     turn = np.array([[1, 0, 0], [0, c, s], [0, -s, c]])
     pixels = np.asarray(picture, float) @ (np.linalg.inv(to_yiq) @ turn @ to_yiq).T
@@ -254,4 +254,5 @@ def test_an_error_of_the_source_reaches_the_caller() -> None:
 def test_the_same_graph_can_be_defined_for_a_gpu() -> None:
     """Definition checks which inputs of an operator may live on the GPU; running it needs one."""
     specs = [everything(), center_view(SIZE)]
-    build_graph(specs, lambda: pytest.fail("not called"), 4, torch.device("cuda", 0), 2, 2)
+    for color in COLORS:
+        build_graph(specs, lambda: pytest.fail("not called"), 4, torch.device("cuda", 0), 2, 2, color, Decoding())

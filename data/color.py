@@ -1,0 +1,111 @@
+"""The algebra behind changes of color and blur: parameter rows in, what the operators take out. No pixels here.
+
+Without the clipping in between, color jitter is one affine map of RGB whatever its order. Saturation and hue (as a
+rotation of chroma in YIQ) keep the luma, so they commute with each other and with brightness and contrast, which
+act on all channels alike. What depends on the order is only what gets clipped on the way.
+"""
+
+import math
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.views import JITTERS, Column
+
+Floats = NDArray[np.float32]
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of R, G and B in the luma (ITU-R BT.601)."""
+
+_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+TORCHVISION_LUMA = (0.2989, 0.587, 0.114)
+"""torchvision's, which sum to less than 1: truncated, the luma of a gray v is v - 1."""
+
+TRUNCATION = 0.49
+"""Rounding truncates after this is subtracted: not quite a half, lest float error cost a whole number one level."""
+
+# Outside of three standard deviations lies 0.3 % of a Gaussian.
+_REACH = 3.0
+
+
+class Fused(IntEnum):
+    """Where the numbers of `fused_parameters` are.
+
+    Brightness and contrast act together as x -> brightness (center + contrast (x - center)), once before the hue
+    and once after it; a center is a factor of the view's mean luma before any jitter.
+    """
+
+    BRIGHTNESS_BEFORE = 0
+    CONTRAST_BEFORE = 1
+    BRIGHTNESS_AFTER = 2
+    CONTRAST_AFTER = 3
+    CENTER_AFTER = 4  # the one before is 1
+    WEIGHTS = 5  # of the luma, 3 numbers
+    MATRIX = 8  # 3x3, row by row
+
+
+class Exact(IntEnum):
+    """Where the numbers of `exact_parameters` are."""
+
+    OFFSET = 0  # of the saturation, in gray levels
+    LUMA_OFFSET = 1
+    WEIGHTS = 2  # of the luma, 3 numbers
+    MATRIX = 5  # of the saturation, 3x3, row by row
+
+
+def fused_parameters(rows: Floats) -> Floats:
+    """Return, for parameter rows [n, len(Column)], what the fused jitter takes: [n, 17] as told by `Fused`."""
+    place = positions(rows)
+    factors = rows[:, [Column.BRIGHTNESS, Column.CONTRAST]]
+    before = np.where(place[:, :2] < place[:, 3:], factors, 1)
+    after = np.where(place[:, :2] < place[:, 3:], 1, factors)
+    weights = np.broadcast_to(LUMA, (len(rows), 3))
+    return np.hstack([before, after, before[:, :1], weights, _mixing(rows)]).astype(np.float32)
+
+
+def positions(rows: Floats) -> NDArray[np.int64]:
+    """Return the place, 0 to 3, of brightness, contrast, saturation and hue in the order of each row: [n, 4]."""
+    order = rows[:, Column.FIRST : Column.FIRST + len(JITTERS)]
+    return np.argmax(order[:, None, :] == np.array(JITTERS)[None, :, None], axis=2)
+
+
+def _mixing(rows: Floats) -> NDArray[np.float64]:
+    """Return matrices [n, 9] that saturate, turn the hue (in YIQ) and take to gray.
+
+    The rows of a matrix that takes to gray are equal to the last bit, so that no trace of color is left.
+    """
+    angle = np.radians(rows[:, Column.HUE].astype(float))
+    saturation = rows[:, Column.SATURATION].astype(float)
+    chroma = np.zeros((len(rows), 3, 3))
+    chroma[:, 0, 0] = 1.0
+    chroma[:, 1, 1] = chroma[:, 2, 2] = saturation * np.cos(angle)
+    chroma[:, 1, 2] = saturation * np.sin(angle)
+    chroma[:, 2, 1] = -chroma[:, 1, 2]
+    gray = rows[:, Column.GRAYSCALE, None, None] > 0
+    return np.where(gray, LUMA, np.linalg.inv(_TO_YIQ) @ chroma @ _TO_YIQ).reshape(-1, 9)
+
+
+def exact_parameters(rows: Floats) -> Floats:
+    """Return, for parameter rows [n, len(Column)], what the exact jitter takes: [n, 14] as told by `Exact`.
+
+    torchvision's saturation blends with the truncated luma and truncates the result.
+    """
+    factor = rows[:, Column.SATURATION, None].astype(float)
+    matrix = factor[:, :, None] * np.eye(3) + (1 - factor[:, :, None]) * np.array(TORCHVISION_LUMA)
+    offset = -TRUNCATION - 0.5 * (1 - factor)
+    weights = np.broadcast_to((-0.5, *TORCHVISION_LUMA), (len(rows), 4))
+    return np.hstack([offset, weights, matrix.reshape(-1, 9)]).astype(np.float32)
+
+
+def blur_kernels(rows: Floats) -> list[Floats]:
+    """Return a one-dimensional Gaussian per row, as long as its sigma needs; [1.] where there is no blur."""
+    return [_gaussian(float(sigma)) for sigma in rows[:, Column.SIGMA]]
+
+
+def _gaussian(sigma: float) -> Floats:
+    radius = math.ceil(_REACH * sigma)
+    if radius == 0:
+        return np.ones(1, np.float32)
+    weights: NDArray[np.float64] = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return (weights / weights.sum()).astype(np.float32)

@@ -1,0 +1,84 @@
+"""One view: from the decoded image and the numbers of `data.views.draw` to the tensor that the model takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import nvidia.dali.math as dm
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+
+from data.color import blur_kernels, exact_parameters, fused_parameters
+from data.dali.jitter import change_where, exact, fused
+from data.dali.pixels import InterleavedPixels, Pixels, PlanarPixels
+from data.views import Column, ViewSpec
+
+# ImageNet's channel statistics in gray levels.
+MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+INPUTS = 3
+"""How many inputs a view has: its row, the parameters of its colors, the kernel of its blur."""
+
+_INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_CHANGES = {"fused": fused, "exact": exact}
+_PARAMETERS = {"fused": fused_parameters, "exact": exact_parameters}
+
+
+def view_inputs(spec: ViewSpec, rows: NDArray[np.float32], color: str) -> tuple[Any, Any, Any]:
+    """Return the inputs of a view for n samples: arrays [n, any], and a list of n kernels of their own lengths."""
+    nothing = np.zeros((len(rows), 1), np.float32)
+    parameters = _PARAMETERS[color](rows) if _colored(spec) else nothing
+    return rows, parameters, blur_kernels(rows) if spec.blur > 0 else nothing
+
+
+def make_view(image: Any, inputs: Sequence[Any], spec: ViewSpec, color: str) -> Any:
+    """Return a view, float32 [3, S, S], on the device of the image. ``inputs``: those of `view_inputs`."""
+    row, parameters, kernel = inputs
+    view = _crop_around(image, row, spec) if color == "fused" else _crop(image, row, spec)
+    pixels: Pixels = InterleavedPixels() if image.device == "gpu" else PlanarPixels(spec.size)
+    if _colored(spec):
+        view = _CHANGES[color](pixels.arrange(view), row, parameters, spec, pixels)
+    if spec.blur > 0:
+        sigma = row[Column.SIGMA]
+        view = change_where(sigma > 0, view, lambda some: pixels.blur(some, kernel, sigma))
+    if spec.solarize > 0:
+        view = change_where(row[Column.SOLARIZE] > 0, view, _solarize)
+    return _normalize(view, row)
+
+
+def _colored(spec: ViewSpec) -> bool:
+    return spec.jitter_probability > 0 or spec.grayscale > 0
+
+
+def _crop(image: Any, row: Any, spec: ViewSpec) -> Any:
+    """Cut, then resize."""
+    box = fn.cast(row[Column.TOP : Column.FLIP], dtype=types.INT32)
+    return _resize(fn.slice(image, start=box[0:2], shape=box[2:4], axes=(0, 1)), spec)
+
+
+def _crop_around(image: Any, row: Any, spec: ViewSpec) -> Any:
+    """Resize a region of the image, whose outermost pixels are mixed with those around it: saves a copy."""
+    start = row[Column.TOP : Column.HEIGHT]
+    return _resize(image, spec, roi_start=start, roi_end=start + row[Column.HEIGHT : Column.FLIP])
+
+
+def _resize(image: Any, spec: ViewSpec, **region: Any) -> Any:
+    interpolation = _INTERPOLATION[spec.interpolation]
+    return fn.resize(image, size=(spec.size, spec.size), interp_type=interpolation, antialias=True, **region)
+
+
+def _solarize(view: Any) -> Any:
+    """Invert the levels of 128 and above: of a level and its inverse, the darker one."""
+    return dm.min(view, types.Constant(255, dtype=types.UINT8) - view)
+
+
+def _normalize(view: Any, row: Any) -> Any:
+    return fn.crop_mirror_normalize(
+        view,
+        mean=MEAN,
+        std=STD,
+        mirror=fn.cast(row[Column.FLIP], dtype=types.INT32),
+        dtype=types.FLOAT,
+        output_layout="CHW",
+    )
