@@ -122,7 +122,7 @@ def _tasks(config: ShardConfig, source: Source, ledger: Ledger) -> Iterator[Shar
         yield ShardTask(str(ledger.output / name), first, images, policy, ledger.recall(name))
 
 
-def _deal(config: ShardConfig, source: Source, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def _deal(config: ShardConfig, source: Source, rows: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of every shard's images among the shuffled rows."""
     if not config.bytes_per_shard:
         step = _samples_per_shard(config)

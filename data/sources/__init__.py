@@ -53,14 +53,15 @@ class Source:
         """Raises ValueError for unlabelled images among labelled ones and for wanted classes that are not there."""
         self._table = Table(str(listing.root))
         rejected = _fill(self._table, listing.entries)
+        rows = _canonical(self._table)
+        self.duplicates = len(self._table) - len(rows)
         ids = ClassIds(wanted)
         content = _add_labels(ids, self._table, _labels(self._table, listing, labels, wanted))
+        del self._table.given[:]
         known = None if labels else listing.classes
         self.classes, self._labels = ids.ordered(known, numbered=listing.named or labels is not None)
         self.fingerprint = hashlib.sha256(f"{content} {self.classes}".encode("utf-8", "backslashreplace")).hexdigest()
         self.rejected = sorted(r for r in rejected if not wanted or not wanted.isdisjoint(r[0].split("/")))
-        self._keys, rows = _canonical(self._table)
-        self.duplicates = len(self._table) - len(rows)
         self._rows = rows[self._labels[rows] >= 0] if wanted else rows
 
     def __len__(self) -> int:
@@ -69,19 +70,22 @@ class Source:
     def __iter__(self) -> Iterator[SourceImage]:
         return iter(self.take(self._rows))
 
-    def shuffled(self, seed: int) -> NDArray[np.int64]:
+    def shuffled(self, seed: int) -> NDArray[np.uint32]:
         """Return the rows of all images in an order that depends on their names and the seed only."""
-        keys = np.empty(len(self), np.uint64)
+        # 32 bits of hash above the position, so that one sort in place does; positions follow from names, too.
+        packed = np.arange(len(self), dtype=np.uint64)
         for first in range(0, len(self), _BLOCK):
             block = slice(first, first + _BLOCK)
-            keys[block] = hashed(seed, self._keys[self._rows[block]].view(np.int64))
-        return self._rows[np.argsort(keys, kind="stable")]
+            keys = hashed(seed, self._table.keys_of(self._rows[block]).view(np.int64))
+            packed[block] |= keys & np.uint64(0xFFFF_FFFF_0000_0000)
+        packed.sort()
+        return self._rows[packed.astype(np.uint32)]
 
-    def sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def sizes(self, rows: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return the encoded bytes of some rows."""
         return self._table.sizes()[rows]
 
-    def take(self, rows: NDArray[np.int64]) -> SourceSlice:
+    def take(self, rows: NDArray[np.uint32]) -> SourceSlice:
         """Return the images of some rows, in that order."""
         return self._table.take(rows, self._labels)
 
@@ -187,13 +191,13 @@ def _add_labels(ids: ClassIds, table: Table, labels: Iterator[str | None]) -> st
     return f"{total % (1 << 128):032x}"
 
 
-def _canonical(table: Table) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Return the hashes of the rows' names, and the rows in their order; of rows of one name the last only."""
-    keys = np.frombuffer(table.keys, np.uint64)
-    rows = np.argsort(keys, kind="stable")
-    ordered = keys[rows]
-    superseded = np.append(ordered[1:] == ordered[:-1], False)[: len(rows)]
+def _canonical(table: Table) -> NDArray[np.uint32]:
+    """Return the rows in the order of their names' hashes; of rows of one name the last only."""
+    rows = table.sorted_rows()
+    superseded = np.zeros(len(rows), bool)
+    if len(rows):
+        np.equal(table.keys_of(rows[1:]), table.keys_of(rows[:-1]), out=superseded[:-1])
     for place in np.flatnonzero(superseded).tolist():
         # As in tar, the last of several of one name counts. Of different names, hashes are as good as never equal.
         superseded[place] = table.name(int(rows[place])) == table.name(int(rows[place + 1]))
-    return keys, rows[~superseded]
+    return rows[~superseded]

@@ -114,6 +114,15 @@ class Table:
         """Yield the path of every row, in the order of the scan."""
         return (path for path, _, _, _ in self.entries())
 
+    def keys_of(self, rows: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """Return the hashes of the names of some rows."""
+        return np.frombuffer(self.keys, np.uint64)[rows]
+
+    def sorted_rows(self) -> NDArray[np.uint32]:
+        """Return all rows by the hashes of their names; of one hash in the order of the scan."""
+        # Row numbers take half of what argsort gives; no list has 2^32 images.
+        return np.argsort(np.frombuffer(self.keys, np.uint64), kind="stable").astype(np.uint32)
+
     def name(self, row: int) -> str:
         """Return the path of one row."""
         return _text(self._name(self._row(row)))
@@ -126,7 +135,7 @@ class Table:
             sizes[first : first + _CHUNK] = np.frombuffer(rows, _SIZES)["size"]
         return sizes
 
-    def take(self, rows: NDArray[np.int64], labels: NDArray[np.int32]) -> SourceSlice:
+    def take(self, rows: NDArray[np.uint32], labels: NDArray[np.int32]) -> SourceSlice:
         """Return the images of some rows, in that order."""
         packed = [self._row(row) for row in rows.tolist()]
         names = b"".join(map(self._name, packed))

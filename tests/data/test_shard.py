@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data import pack
+from data import shard as shard_module
 from data.ledger import LEDGER_NAME, Ledger
 from data.manifest import MANIFEST_NAME, Manifest
 from data.shard import REJECTED_NAME, ShardConfig, run
@@ -90,10 +93,10 @@ def test_tars_are_plain_and_anonymous(drawn_shards):
 
 def test_the_order_follows_from_names_and_seed(drawn_folder, drawn_shards, tmp_path):
     paths = [json.loads(sample["json"])["path"] for sample in read_back(drawn_shards)]
-    assert paths == sorted(paths, key=lambda path: splitmix(splitmix(0, 0), name_hash(path)))
+    assert paths == sorted(paths, key=lambda path: splitmix(splitmix(0, 0), name_hash(path)) >> 32)
     run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), seed=1, workers=1))
     assert [json.loads(sample["json"])["path"] for sample in read_back(tmp_path / "out")] == sorted(
-        paths, key=lambda path: splitmix(splitmix(0, 1), name_hash(path))
+        paths, key=lambda path: splitmix(splitmix(0, 1), name_hash(path)) >> 32
     )
 
 
@@ -379,3 +382,167 @@ def test_a_scan_and_a_shard_of_the_same_tar_agree(drawn_folder, drawn_shards, tm
     run(ShardConfig(str(tmp_path / "in.tar"), str(tmp_path / "out"), samples_per_shard=10, workers=1))
     ours = {sample["jpg"] for sample in read_back(tmp_path / "out")}
     assert ours == {sample["jpg"] for sample in read_back(drawn_shards)}
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 123_456_789])
+def test_headers_are_those_of_tarfile(size):
+    info = tarfile.TarInfo("000000123.jpg")
+    info.size, info.mode = size, 0o444
+    assert pack._header(info.name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_shards_hold_as_many_source_bytes_as_they_may(drawn_folder, tmp_path):
+    sizes = {str(path.relative_to(drawn_folder)): path.stat().st_size for path in drawn_folder.glob("*/*")}
+    limit = 3 * max(sizes.values())
+    for workers in (1, 2):
+        config = ShardConfig(str(drawn_folder), str(tmp_path / str(workers)), bytes_per_shard=limit, workers=workers)
+        run(config)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    shards: dict[str, list[int]] = {}
+    for sample in read_back(tmp_path / "1"):
+        shards.setdefault(sample["__url__"], []).append(sizes[json.loads(sample["json"])["path"]])
+    dealt = list(shards.values())
+    assert sum(map(len, dealt)) == 48
+    assert all(sum(shard) <= limit for shard in dealt)
+    assert all(sum(shard) + following[0] > limit for shard, following in itertools.pairwise(dealt))
+
+
+def test_an_image_larger_than_a_shard_has_one_of_its_own(drawn_folder, tmp_path):
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), bytes_per_shard=1, workers=1))
+    assert [shard.samples for shard in Manifest.load(tmp_path / "out").shards] == [1] * 48
+
+
+def test_samples_and_bytes_per_shard_exclude_each_other():
+    with pytest.raises(ValueError, match=r"shard\.bytes_per_shard: 9 beside samples_per_shard=5; give one of them"):
+        ShardConfig("in", "out", samples_per_shard=5, bytes_per_shard=9)
+
+
+def test_the_default_is_a_thousand_samples_per_shard(drawn_folder, tmp_path):
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), workers=1))
+    assert Manifest.load(tmp_path / "out").options["samples_per_shard"] == 1000
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), samples_per_shard=1000, workers=1))  # the same set
+
+
+def test_what_a_scan_rejects_is_listed_and_counted(drawn_folder, tmp_path, capsys):
+    tar = tmp_path / "in.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(drawn_folder, ".")
+        for name in ("../x.jpg", "/y.jpg", os.fsdecode(b"disc/\xff.jpg"), "ring/cut1.jpg", "ring/cut2.jpg"):
+            image = encoded(noise(), "JPEG")
+            image = image[: len(image) // 2 + len(name)] if "cut" in name else image
+            info = tarfile.TarInfo(name)
+            info.size = len(image)
+            archive.addfile(info, io.BytesIO(image))
+        link = tarfile.TarInfo(os.fsdecode(b"ring/\xfe.jpg"))
+        link.type, link.linkname = tarfile.SYMTYPE, os.fsdecode(b"\xfd")
+        archive.addfile(link)
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"5 images are rejected, 4 may be \(2 its name leads out"):
+        run(ShardConfig(str(tar), str(output), workers=1, max_rejected=4))
+    capsys.readouterr()
+    run(ShardConfig(str(tar), str(output), workers=1, max_rejected=5))
+    printed = capsys.readouterr().out
+    rows = list(csv.reader((output / REJECTED_NAME).open(encoding="utf-8")))
+    assert [path for path, _ in rows] == [
+        "path",
+        "../x.jpg",
+        "/y.jpg",
+        "ring/cut1.jpg",
+        "ring/cut2.jpg",
+        r"ring/\udcfe.jpg",
+    ]
+    counts = dict(line.rsplit(maxsplit=1) for line in printed.splitlines() if line.startswith("  "))
+    assert counts == {
+        "  kept": "49",
+        "  its name leads out of the archive": "2",
+        "  symbolic link": "1",
+        "  truncated": "2",
+    }
+    kept = {json.loads(sample["json"])["path"] for sample in read_back(output)}
+    assert os.fsdecode(b"disc/\xff.jpg") in kept
+
+
+def test_a_source_of_rejected_things_only_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.jpg").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"1 images are rejected, 0 may be \(1 a link that leads nowhere\)"):
+        run(ShardConfig(str(tmp_path / "in"), str(tmp_path / "out"), workers=1))
+    with pytest.raises(ValueError, match="not one image"):
+        run(ShardConfig(str(tmp_path / "in"), str(tmp_path / "out"), workers=1, max_rejected=1))
+
+
+def test_files_too_large_for_memory_are_rejected_unread(drawn_folder, tmp_path):
+    folder = Path(shutil.copytree(drawn_folder, tmp_path / "in"))
+    with (folder / "disc" / "huge.jpg").open("wb") as file:
+        file.truncate(pack.MAX_ENCODED_BYTES + 1)
+    run(ShardConfig(str(folder), str(tmp_path / "out"), workers=1, max_rejected=1))
+    rows = list(csv.DictReader((tmp_path / "out" / REJECTED_NAME).open()))
+    assert rows == [{"path": "disc/huge.jpg", "reason": f"its file is larger than {pack.MAX_ENCODED_BYTES} bytes"}]
+
+
+def test_many_reasons_are_summed_up():
+    rejected = [(str(n), f"width {n} (at {n})") for n in range(5)] + [(str(n), "x" * n) for n in range(1, 40)]
+    counted = shard_module._counted(rejected)
+    assert counted[0] == ("width N", 5)
+    assert counted[-1] == ("other reasons", 39 - 11)
+    assert sum(count for _, count in counted) == len(rejected)
+
+
+def test_ten_lines_tell_rate_and_time_left_where_there_is_no_terminal(drawn_folder, tmp_path, capsys):
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), samples_per_shard=1, workers=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 48 images" in line]
+    assert len(lines) == 10
+    assert all(re.fullmatch(r"\d+ of 48 images, \d+ images/s, \d\d:\d\d left", line) for line in lines)
+    assert lines[-1].startswith("48 of 48")
+    assert lines[-1].endswith("00:00 left")
+
+
+def test_quality_is_that_of_the_options(drawn_folder, tmp_path):
+    for quality in (60, 95):
+        run(ShardConfig(str(drawn_folder), str(tmp_path / str(quality)), shorter_side=24, quality=quality, workers=1))
+    small, large = (sum(len(sample["jpg"]) for sample in read_back(tmp_path / name)) for name in ("60", "95"))
+    assert small < 0.8 * large
+    with pytest.raises(ValueError, match=r"quality=60"):
+        run(ShardConfig(str(drawn_folder), str(tmp_path / "60"), shorter_side=24, quality=61, workers=1))
+
+
+def test_limits_of_the_options_reject(drawn_folder, tmp_path):
+    options = {"max_pixels": 48 * 48 - 1}
+    with pytest.raises(ValueError, match="48 images are rejected"):
+        run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), workers=1, **options))
+
+
+def test_only_a_list_of_classes_of_a_labelled_set(drawn_folder, tmp_path):
+    (tmp_path / "list").write_text("ring\nsquare\n")
+    run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), classes=str(tmp_path / "list"), workers=1))
+    assert Manifest.load(tmp_path / "out").classes == ("ring", "square")
+    labels = [(json.loads(s["json"])["path"].split("/")[0], s["cls"]) for s in read_back(tmp_path / "out")]
+    assert set(labels) == {("ring", b"0"), ("square", b"1")}
+    with pytest.raises(ValueError, match="source_fingerprint"):
+        run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), workers=1))
+
+
+MEMORY = """
+import itertools, resource, sys
+from pathlib import Path
+from data.sources import Listing, Source
+from data.sources.entries import Found
+
+def entries(count):
+    for number in range(count):
+        yield Found(f"n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG", "x.tar", number, 1, 1)
+
+if __name__ == "__main__":
+    for count in (10_000, 300_000):
+        source = Source(Listing(entries(count), Path(".")), None, frozenset())
+        source.take(source.shuffled(0)[:1000])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_scan_takes_few_bytes_per_image(tmp_path):
+    (tmp_path / "memory.py").write_text(MEMORY)
+    command, environment = [sys.executable, tmp_path / "memory.py"], os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    small, large = map(int, result.stdout.split())
+    assert (large - small) * 1024 / 290_000 < 64

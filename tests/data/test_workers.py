@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.workers import run_tasks
+from data.workers import TASKS_AHEAD, run_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +47,17 @@ def test_the_main_module_is_back_after_the_start():
     results = run_tasks(time.sleep, [0.0], 2)
     next(results)
     assert sys.modules["__main__"] is main
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tasks_are_taken_a_few_ahead(processes):
+    taken = []
+
+    def tasks():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    for done, _ in enumerate(run_tasks(abs, tasks(), processes), start=1):
+        assert len(taken) <= done + 2 * TASKS_AHEAD * processes
+    assert len(taken) == done == 50
