@@ -407,6 +407,15 @@ def test_shards_hold_as_many_source_bytes_as_they_may(drawn_folder, tmp_path):
     assert all(sum(shard) + following[0] > limit for shard, following in itertools.pairwise(dealt))
 
 
+def test_a_shard_that_is_exactly_full_is_not_cut_short(tmp_path):
+    image = encoded(noise(), "JPEG")
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(image)
+    run(ShardConfig(str(tmp_path / "in"), str(tmp_path / "out"), bytes_per_shard=2 * len(image), workers=1))
+    assert [shard.samples for shard in Manifest.load(tmp_path / "out").shards] == [2, 2, 2]
+
+
 def test_an_image_larger_than_a_shard_has_one_of_its_own(drawn_folder, tmp_path):
     run(ShardConfig(str(drawn_folder), str(tmp_path / "out"), bytes_per_shard=1, workers=1))
     assert [shard.samples for shard in Manifest.load(tmp_path / "out").shards] == [1] * 48
