@@ -9,12 +9,6 @@ from numpy.typing import NDArray
 
 from data.dali import Encoded, ViewPipeline
 from data.reader import Damage
-from data.views import Column, ViewSpec
-
-# One pixel of the corner: nearly all of the work is the decoding.
-_PIXEL = ViewSpec(1, crop="center", flip=0.0, jitter_probability=0.0, grayscale=0.0)
-_CORNER = np.zeros((1, len(Column)), np.float32)
-_CORNER[0, [Column.HEIGHT, Column.WIDTH]] = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +48,8 @@ def find_undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) 
 
 
 def _first_undecodable(images: Sequence[NDArray[np.uint8]], start: int, device: torch.device) -> int | None:
-    encoded = (Encoded([image], (_CORNER,), np.zeros((1, 1), np.int64)) for image in images[start:])
-    pipeline = ViewPipeline([_PIXEL], encoded.__next__, batch_size=1, device=device, threads=1, prefetch=1)
+    encoded = (Encoded([image], (), np.zeros((1, 1), np.int64)) for image in images[start:])
+    pipeline = ViewPipeline((), encoded.__next__, batch_size=1, device=device, threads=1, prefetch=1)
     try:
         for position in range(start, len(images)):
             try:

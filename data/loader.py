@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.dali import ViewPipeline
+from data.dali import COLORS, Decoding, ViewPipeline
 from data.defects import Defects, find_undecodable
 from data.feed import Feed, Share
 from data.manifest import Manifest, SampleIndex
@@ -32,7 +32,8 @@ from data.views import ViewSpec
 class LoaderConfig:
     """shards: directory that `coldpress shard` wrote. device: where views are made.
 
-    device "auto" means the GPU if the model is on one. threads of DALI: 0 = this process's share of the cores.
+    device "auto" means the GPU if the model is on one. color: how views change colors, "fused" (fast, the statistics
+    of torchvision's) or "exact" (torchvision's pixels). threads of DALI: 0 = this process's share of the cores.
     prefetch: batches made ahead of the model, 0 = by their size. max_bad_samples: how many samples that broke
     after sharding each process may replace before it gives up. staging: folder on a local disk for copies of the
     shards that are read next; the processes of a node share ``staging_gigabytes`` there.
@@ -40,6 +41,7 @@ class LoaderConfig:
 
     shards: str = ""
     device: str = "auto"
+    color: str = "fused"
     threads: int = 0
     prefetch: int = 0
     max_bad_samples: int = 100
@@ -49,6 +51,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "gpu"):
             raise ValueError(f"data.device: must be auto, cpu or gpu, not {self.device!r}; leave it at auto.")
+        if self.color not in COLORS:
+            raise ValueError(f"data.color: must be {' or '.join(COLORS)}, not {self.color!r}; fused is fast.")
         if self.threads < 0:
             raise ValueError(f"data.threads: must be at least 0, not {self.threads}; 0 divides the cores.")
         if self.prefetch < 0:
@@ -167,6 +171,8 @@ class Loader:
             device=self._pipeline_device,
             threads=self._config.threads or share_of_cores(),
             prefetch=self._prefetch,
+            color=self._config.color,
+            decoding=Decoding(largest=(self.manifest.max_height, self.manifest.max_width)),
         )
         return _Flow(pipeline, in_flight)
 

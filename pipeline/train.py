@@ -152,6 +152,7 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
         "seed": config.seed,
         "batch_size": config.batch_size,
         "data.shards": loader.manifest.fingerprint,
+        "data.color": config.data.color,
         "processes": world.size,
         "engine.precision": config.engine.precision.value,
         # Another budget would take progress back and wake frozen layers.

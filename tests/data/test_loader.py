@@ -77,6 +77,12 @@ def test_ranks_batch_size_threads_and_start_do_not_change_a_bit(make: Any) -> No
     assert_same(tuple(part(37, 85) for part in cutters(one)), restarted)
 
 
+def test_colors_are_changed_as_the_config_says(make: Any) -> None:
+    fused, exact = (next(make(color=color).batches()).views[0] for color in ("fused", "exact"))
+    assert not torch.equal(fused, exact)
+    assert (fused - exact).abs().mean() < 0.2
+
+
 def cutters(run: tuple[list[int], list[Tensor], list[int]]) -> list[Any]:
     index, views, labels = run
     return [
@@ -301,6 +307,7 @@ def test_staged_copies_change_no_bit_and_go_in_the_end(make: Any, drawn_shards: 
     ("fields", "message"),
     [
         ({"device": "tpu"}, "data.device: must be auto, cpu or gpu, not 'tpu'"),
+        ({"color": "sepia"}, "data.color: must be fused or exact, not 'sepia'"),
         ({"threads": -1}, "data.threads: must be at least 0, not -1"),
         ({"prefetch": -1}, "data.prefetch: must be at least 0, not -1"),
         ({"max_bad_samples": -1}, "data.max_bad_samples: must be at least 0, not -1"),
