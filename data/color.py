@@ -41,8 +41,10 @@ class Fused(IntEnum):
     BRIGHTNESS_AFTER = 2
     CONTRAST_AFTER = 3
     CENTER_AFTER = 4  # the one before is 1
-    WEIGHTS = 5  # of the luma, 3 numbers
-    MATRIX = 8  # 3x3, row by row
+    SHIFT_BEFORE = 5  # in gray levels: torchvision truncates after each operator, here rounding is for all of them
+    SHIFT_AFTER = 6
+    WEIGHTS = 7  # of the luma, 3 numbers
+    MATRIX = 10  # 3x3, row by row
 
 
 class Exact(IntEnum):
@@ -55,19 +57,30 @@ class Exact(IntEnum):
 
 
 def fused_parameters(rows: Floats) -> Floats:
-    """Return, for parameter rows [n, len(Column)], what the fused jitter takes: [n, 17] as told by `Fused`."""
+    """Return, for parameter rows [n, len(Column)], what the fused jitter takes: [n, 19] as told by `Fused`."""
     place = positions(rows)
+    early = place[:, :2] < place[:, 3:]
     factors = rows[:, [Column.BRIGHTNESS, Column.CONTRAST]]
-    before = np.where(place[:, :2] < place[:, 3:], factors, 1)
-    after = np.where(place[:, :2] < place[:, 3:], 1, factors)
+    before, after = np.where(early, factors, 1), np.where(early, 1, factors)
+    shifts = np.stack([_truncations(before), _truncations(after) + _truncations_of_mixing(rows)], axis=1)
     weights = np.broadcast_to(LUMA, (len(rows), 3))
-    return np.hstack([before, after, before[:, :1], weights, _mixing(rows)]).astype(np.float32)
+    return np.hstack([before, after, before[:, :1], shifts, weights, _mixing(rows)]).astype(np.float32)
+
+
+def _truncations(factors: Floats) -> NDArray[np.float64]:
+    changes: NDArray[np.int64] = np.count_nonzero(factors != 1, axis=1)
+    return np.multiply(-TRUNCATION, changes, dtype=np.float64)
+
+
+def _truncations_of_mixing(rows: Floats) -> NDArray[np.float64]:
+    return _truncations(rows[:, [Column.SATURATION]]) - TRUNCATION * rows[:, Column.GRAYSCALE]
 
 
 def positions(rows: Floats) -> NDArray[np.int64]:
     """Return the place, 0 to 3, of brightness, contrast, saturation and hue in the order of each row: [n, 4]."""
     order = rows[:, Column.FIRST : Column.FIRST + len(JITTERS)]
-    return np.argmax(order[:, None, :] == np.array(JITTERS)[None, :, None], axis=2)
+    place: NDArray[np.int64] = np.argmax(order[:, None, :] == np.array(JITTERS)[None, :, None], axis=2)
+    return place
 
 
 def _mixing(rows: Floats) -> NDArray[np.float64]:
@@ -108,4 +121,5 @@ def _gaussian(sigma: float) -> Floats:
     if radius == 0:
         return np.ones(1, np.float32)
     weights: NDArray[np.float64] = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return (weights / weights.sum()).astype(np.float32)
+    weights /= weights.sum()
+    return weights.astype(np.float32)

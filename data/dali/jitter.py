@@ -6,15 +6,19 @@
   pixel.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import nvidia.dali.math as dm
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 
 from data.color import TRUNCATION, Exact, Fused
 from data.dali.pixels import Pixels, beside
 from data.views import JITTERS, Column, ViewSpec
+
+_BEFORE = (Fused.BRIGHTNESS_BEFORE, Fused.CONTRAST_BEFORE, Fused.SHIFT_BEFORE)
+_AFTER = (Fused.BRIGHTNESS_AFTER, Fused.CONTRAST_AFTER, Fused.SHIFT_AFTER)
 
 
 def change_where(on: Any, view: Any, change: Callable[[Any], Any]) -> Any:
@@ -35,10 +39,11 @@ def fused(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) 
 
 def _tone_mix_tone(view: Any, parameters: Any, pixels: Pixels) -> Any:
     mean = fn.reductions.mean(pixels.luma(view, parameters[Fused.WEIGHTS : Fused.MATRIX]))
-    later_mean = mean * beside(mean, parameters[Fused.CENTER_AFTER])
-    view = pixels.tone(view, parameters[Fused.BRIGHTNESS_BEFORE], parameters[Fused.CONTRAST_BEFORE], mean)
-    view = pixels.mix(view, parameters[Fused.MATRIX :])
-    return pixels.tone(view, parameters[Fused.BRIGHTNESS_AFTER], parameters[Fused.CONTRAST_AFTER], later_mean)
+    late_mean = mean * beside(mean, parameters[Fused.CENTER_AFTER])
+    brightness, contrast, shift = (parameters[k] for k in _BEFORE)
+    view = pixels.mix(pixels.tone(view, brightness, contrast, mean, shift), parameters[Fused.MATRIX :])
+    brightness, contrast, shift = (parameters[k] for k in _AFTER)
+    return pixels.tone(view, brightness, contrast, late_mean, shift)
 
 
 def exact(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
@@ -55,7 +60,7 @@ def _in_order(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixe
         Column.BRIGHTNESS: lambda some: _brightness(some, row, pixels),
         Column.CONTRAST: lambda some: _contrast(some, row, parameters, pixels),
         Column.SATURATION: lambda some: _saturation(some, parameters, pixels),
-        Column.HUE: lambda some: _hue(some, row, pixels),
+        Column.HUE: lambda some: _hue(some, row, spec, pixels),
     }
     for slot in range(Column.FIRST, Column.FIRST + len(JITTERS)):
         for k, column in enumerate(JITTERS):
@@ -85,33 +90,35 @@ def _truncated_luma(view: Any, parameters: Any, pixels: Pixels) -> Any:
     return pixels.luma(view, parameters[Exact.WEIGHTS : Exact.MATRIX], parameters[Exact.LUMA_OFFSET])
 
 
-def _hue(view: Any, row: Any, pixels: Pixels) -> Any:
-    """Turn the hue of HSV, in whole gray levels.
+def _hue(view: Any, row: Any, spec: ViewSpec, pixels: Pixels) -> Any:
+    """Turn the hue of HSV, by a sixth of a turn at most in each pass."""
+    passes = math.ceil(6 * spec.jitter[3])
+    sixths = row[Column.HUE] * (1 / (60.0 * passes))
+    for _ in range(passes):
+        red, green, blue = pixels.channels(view)
+        # Backwards is forwards with red and blue exchanged.
+        if sixths >= 0:
+            view = pixels.join(_turned(red, green, blue, sixths, pixels))
+        else:
+            view = pixels.join(_turned(blue, green, red, -sixths, pixels)[::-1])
+    return view
 
-    With V the largest and m the smallest of R, G, B, and H the hue in units of C = V - m (6 C are a whole turn),
-    each channel is V - C clamp(2 - |distance of H from where the channel is off|, 0, 1): no division.
+
+def _turned(red: Any, green: Any, blue: Any, sixths: Any, pixels: Pixels) -> list[Any]:
+    """Turn the hue by ``sixths`` of a turn, 0 to 1, from red towards green. All levels stay within 0 to 255.
+
+    Let V and m be the largest and the smallest of the three, and e = sixths (V - m). Then red becomes
+    red - green + q, clamped to [m, V], with q = m + e where blue is the largest and V - e elsewhere; and so on around
+    the circle. This is the turn of HSV, without divisions and without knowing the hue.
     """
-    red, green, blue = (fn.cast(channel, dtype=types.INT16) for channel in pixels.channels(view))
     high = dm.max(dm.max(red, green), blue)
     low = dm.min(dm.min(red, green), blue)
-    range_ = high - low
-    hue = _hue_in_ranges(red, green, blue, high, range_)
-    turned = hue + fn.cast(range_ * beside(view, row[Column.HUE] / 60.0), dtype=types.INT16)
-    three, floor = range_ * _whole(3), low - range_
-    channels = [
-        dm.min(dm.max(dm.abs(dm.abs(turned - range_ * _whole(k)) - three) + floor, low), high) for k in (0, 2, 4)
-    ]
-    return fn.cast(pixels.join(channels), dtype=types.UINT8)
+    step = pixels.tone(high - low, sixths, 1.0, 0.0)
+    rising, falling = low + step, high - step
 
+    def turned(channel: Any, following: Any, last: Any) -> Any:
+        level = (last == high) * rising + (last < high) * falling
+        larger = dm.max(channel, following)
+        return level + dm.min(larger - following, high - level) - dm.min(larger - channel, level - low)
 
-def _hue_in_ranges(red: Any, green: Any, blue: Any, high: Any, range_: Any) -> Any:
-    """Return H C for H in [-1, 5]: G - B if R is the largest, else 2 C + B - R if G is, else 4 C + R - G."""
-    other = fn.cast(red < high, dtype=types.INT16)
-    blue_leads = other * fn.cast(green < high, dtype=types.INT16)
-    rest = range_ * _whole(2) - (red + green + blue)
-    return (green - blue) + other * (blue * _whole(3) + rest) + blue_leads * (red * _whole(3) + rest)
-
-
-def _whole(number: int) -> Any:
-    """Return a constant that keeps the numbers it meets 16 bits wide."""
-    return types.Constant(number, dtype=types.INT16)
+    return [turned(red, green, blue), turned(green, blue, red), turned(blue, red, green)]

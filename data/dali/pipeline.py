@@ -12,7 +12,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from data.dali.view import INPUTS, make_view, view_inputs
+from data.dali.view import input_names, make_view, view_inputs
 from data.views import ViewSpec
 
 COLORS = ("fused", "exact")
@@ -113,18 +113,24 @@ def build_graph(
     assert color in COLORS, color
     on_gpu = device.type == "cuda"
 
+    names = [input_names(spec, on_gpu) for spec in specs]
+
     def feed() -> tuple[Any, ...]:
         batch = source()
-        views = (each for spec, rows in zip(specs, batch.rows, strict=True) for each in view_inputs(spec, rows, color))
+        pairs = zip(specs, batch.rows, strict=True)
+        views = [each for spec, rows in pairs for each in view_inputs(spec, rows, color, on_gpu)]
         return (batch.images, *views, batch.tags)
 
     def graph() -> tuple[Any, ...]:
-        dtypes = [types.UINT8, *[types.FLOAT] * (INPUTS * len(specs)), types.INT64]
-        encoded, *inputs, tags = fn.external_source(
+        dtypes = [types.UINT8, *[types.FLOAT] * sum(map(len, names)), types.INT64]
+        encoded, *numbers, tags = fn.external_source(
             source=feed, num_outputs=len(dtypes), dtype=dtypes, ndim=[1] * len(dtypes), batch=True
         )
         image = _decode(encoded, on_gpu, decoding)
-        views = [make_view(image, inputs[INPUTS * k : INPUTS * (k + 1)], spec, color) for k, spec in enumerate(specs)]
+        views = []
+        for k in range(len(specs)):
+            inputs = {name: numbers.pop(0) for name in names[k]}
+            views.append(make_view(image, inputs, specs[k], color))
         # An operator whose output nobody asks for does not run.
         return (*views, tags) if views else (tags, image.shape())
 

@@ -28,7 +28,7 @@ class Pixels(Protocol):
         """Undo `channels`."""
         ...
 
-    def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: float = 0.0) -> Any:
+    def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: Any = 0.0) -> Any:
         """Return shift + brightness (center + contrast (view - center)), all in gray levels."""
         ...
 
@@ -61,7 +61,7 @@ class PlanarPixels:
     def join(self, channels: list[Any]) -> Any:
         return fn.reshape(fn.cat(*channels, axis=0), layout="CHW")
 
-    def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: float = 0.0) -> Any:
+    def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: Any = 0.0) -> Any:
         # The operator insists on channels that come last, though it treats all numbers alike.
         changed = fn.brightness_contrast(
             fn.reshape(view, layout="HWC"),
@@ -110,9 +110,9 @@ class InterleavedPixels:
     def join(self, channels: list[Any]) -> Any:
         return fn.cat(*channels, axis=2)
 
-    def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: float = 0.0) -> Any:
+    def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: Any = 0.0) -> Any:
         # A center made of pixels is on the GPU: as an argument of an operator it would have to come to the CPU first.
-        brightness, contrast = (beside(view, each) for each in (brightness, contrast))
+        brightness, contrast, shift = (beside(view, each) for each in (brightness, contrast, shift))
         return fn.cast(brightness * (center + contrast * (view - center)) + shift, dtype=types.UINT8)
 
     def mix(self, view: Any, matrix: Any, offset: Any = None) -> Any:
@@ -130,5 +130,7 @@ class InterleavedPixels:
 
 
 def beside(view: Any, number: Any) -> Any:
-    """Return the number on the device of the view."""
-    return number.gpu() if view.device == "gpu" else number
+    """Return the number, one of Python's or one per sample on the CPU, for arithmetic with the view."""
+    if isinstance(number, float) or view.device == "cpu":
+        return number
+    return number.gpu()

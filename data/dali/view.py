@@ -1,14 +1,12 @@
 """One view: from the decoded image and the numbers of `data.views.draw` to the tensor that the model takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import nvidia.dali.math as dm
-from numpy.typing import NDArray
 from nvidia.dali import fn, types
 
-from data.color import blur_kernels, exact_parameters, fused_parameters
+from data.color import Floats, blur_kernels, exact_parameters, fused_parameters
 from data.dali.jitter import change_where, exact, fused
 from data.dali.pixels import InterleavedPixels, Pixels, PlanarPixels
 from data.views import Column, ViewSpec
@@ -17,30 +15,32 @@ from data.views import Column, ViewSpec
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
-INPUTS = 3
-"""How many inputs a view has: its row, the parameters of its colors, the kernel of its blur."""
-
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _CHANGES = {"fused": fused, "exact": exact}
 _PARAMETERS = {"fused": fused_parameters, "exact": exact_parameters}
 
 
-def view_inputs(spec: ViewSpec, rows: NDArray[np.float32], color: str) -> tuple[Any, Any, Any]:
-    """Return the inputs of a view for n samples: arrays [n, any], and a list of n kernels of their own lengths."""
-    nothing = np.zeros((len(rows), 1), np.float32)
-    parameters = _PARAMETERS[color](rows) if _colored(spec) else nothing
-    return rows, parameters, blur_kernels(rows) if spec.blur > 0 else nothing
+def input_names(spec: ViewSpec, on_gpu: bool) -> tuple[str, ...]:
+    """Return which inputs the graph of a view takes. DALI warns of those that it gets in vain."""
+    return ("row", *["parameters"] * _colored(spec), *["kernel"] * (spec.blur > 0 and not on_gpu))
 
 
-def make_view(image: Any, inputs: Sequence[Any], spec: ViewSpec, color: str) -> Any:
-    """Return a view, float32 [3, S, S], on the device of the image. ``inputs``: those of `view_inputs`."""
-    row, parameters, kernel = inputs
+def view_inputs(spec: ViewSpec, rows: Floats, color: str, on_gpu: bool = False) -> list[Any]:
+    """Return the inputs of a view for n samples: arrays [n, any]; the kernels as a list, each as long as it is."""
+    make: dict[str, Callable[[Floats], Any]]
+    make = {"row": lambda rows: rows, "parameters": _PARAMETERS[color], "kernel": blur_kernels}
+    return [make[name](rows) for name in input_names(spec, on_gpu)]
+
+
+def make_view(image: Any, inputs: Mapping[str, Any], spec: ViewSpec, color: str) -> Any:
+    """Return a view, float32 [3, S, S], on the device of the image. ``inputs``: by the names of `input_names`."""
+    row = inputs["row"]
     view = _crop_around(image, row, spec) if color == "fused" else _crop(image, row, spec)
     pixels: Pixels = InterleavedPixels() if image.device == "gpu" else PlanarPixels(spec.size)
     if _colored(spec):
-        view = _CHANGES[color](pixels.arrange(view), row, parameters, spec, pixels)
+        view = _CHANGES[color](pixels.arrange(view), row, inputs["parameters"], spec, pixels)
     if spec.blur > 0:
-        sigma = row[Column.SIGMA]
+        sigma, kernel = row[Column.SIGMA], inputs.get("kernel")
         view = change_where(sigma > 0, view, lambda some: pixels.blur(some, kernel, sigma))
     if spec.solarize > 0:
         view = change_where(row[Column.SOLARIZE] > 0, view, _solarize)
