@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 from data.verify import VerificationError
-from pipeline import config as configuration
-from pipeline import distributed
+from pipeline import compose
+from pipeline.preemption import ProcessFailedError
 
 # command -> the module that runs it, and what it does.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -31,11 +31,7 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 a check failed, 2 a refusal of what was asked, 75 saved and stopped."""
-    try:
-        code = dispatch(sys.argv[1:] if arguments is None else arguments)
-    finally:
-        distributed.stop()
-    sys.exit(code)
+    sys.exit(dispatch(sys.argv[1:] if arguments is None else arguments))
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -51,7 +47,7 @@ def dispatch(arguments: list[str]) -> int:
         return _refuse(REFUSED, error)
     except VerificationError as error:
         return _refuse(FAILED, error)
-    except distributed.ProcessFailedError as error:
+    except ProcessFailedError as error:
         print(f"coldpress: {error}", file=sys.stderr)  # whichever process it is: perhaps no other one knows
         return FAILED
     except OSError as error:
@@ -69,9 +65,9 @@ def _run(command: str, overrides: list[str]) -> int:
         print(_help(command, [word for word in overrides if word not in ("-h", "--help")]))
         return 0
     if "--cfg" in overrides:
-        print(configuration.show(command, [o for o in overrides if o != "--cfg"]), end="")
+        print(compose.show(command, [o for o in overrides if o != "--cfg"]), end="")
         return 0
-    loaded: Any = configuration.load(command, overrides)
+    loaded: Any = compose.load(command, overrides)
     module = importlib.import_module(COMMANDS[command][0])
     extra = (overrides,) if command in KEEPS_OVERRIDES else ()
     return int(module.run(loaded, *extra) or 0)
@@ -98,13 +94,13 @@ def _usage() -> str:
 
 
 def _help(command: str, overrides: list[str]) -> str:
-    groups = [f"  {name}={'|'.join(options)}" for name, options in configuration.groups_of(command).items()]
+    groups = [f"  {name}={'|'.join(options)}" for name, options in compose.groups_of(command).items()]
     lines = [f"usage: coldpress {command} [key=value ...]", "", COMMANDS[command][1], ""]
     if groups:
         lines += ["choices:", *groups, ""]
     return "\n".join(
         [*lines, "keys and defaults (??? is required; after compression=staged and the like, those of the choice):"]
-    ) + ("\n" + configuration.show(command, overrides))
+    ) + ("\n" + compose.show(command, overrides))
 
 
 def _log_to_console() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
@@ -18,10 +19,6 @@ from torch import Tensor, nn
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-
-
-class ProcessFailedError(Exception):
-    """One process cannot go on, for a reason that its user can understand; the others may know nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ def start() -> World:
         # gloo beside nccl: flags and strings travel on the CPU without a device synchronization.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
+        atexit.register(stop)
     return World(rank, local_rank, size, device)
 
 

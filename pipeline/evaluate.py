@@ -14,7 +14,8 @@ from data.loader import LoaderConfig
 from data.manifest import Manifest
 from pipeline import distributed
 from pipeline.checkpoint import PREFIX, find_damage, newest_valid
-from pipeline.config import EvaluateConfig, TrainConfig, load
+from pipeline.compose import load
+from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.distributed import World
 from pipeline.engine import load_method
 from pipeline.methods import build_method

@@ -1,4 +1,4 @@
-"""Being asked to leave: signals become a flag that the loop reads at a safe point."""
+"""Leaving: signals become a flag that the loop reads at a safe point; a failure has a name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class ProcessFailedError(Exception):
+    """One process cannot go on, for a reason that its user can understand; the others may know nothing of it."""
 
 
 class StopRequest:

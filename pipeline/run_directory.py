@@ -12,7 +12,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.config import TrainConfig, to_yaml
+from pipeline.compose import to_yaml
+from pipeline.config import TrainConfig
 
 CONFIG_NAME = "config.yaml"
 STATUS_NAME = "status.json"

@@ -13,12 +13,12 @@ from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
 from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.config import TrainConfig
-from pipeline.distributed import ProcessFailedError, World
+from pipeline.distributed import World
 from pipeline.engine import Engine
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
-from pipeline.preemption import StopRequest
+from pipeline.preemption import ProcessFailedError, StopRequest
 from pipeline.probes.knn import KNNProbe
 from pipeline.run_directory import RunDirectory
 from pipeline.schedules import Budget, Schedules

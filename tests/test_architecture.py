@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
     "pipeline.config": {"pipeline", "data", "monitoring"},
-    "pipeline.run_directory": {"pipeline.config"},
+    "pipeline.compose": set(),
+    "pipeline.run_directory": {"pipeline.compose", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.compression",
         "pipeline.config",
@@ -51,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.manifest", "data.views"},
     "pipeline.plan": {"pipeline.train"},
-    "pipeline.cli": {"pipeline.config", "pipeline.distributed", "data.verify"},
+    "pipeline.cli": {"pipeline.compose", "pipeline.preemption", "data.verify"},
 }
 # Commands stand on everything below them; only the command line and `plan`, which plans a training run, name one.
 COMMAND_ARROWS = {"pipeline", "data", "monitoring"}
@@ -60,8 +61,8 @@ DOORS = {
     # The second one measures DALI's own readers, as a peer of ours.
     "nvidia": {"data/dali/", "pipeline/benchmarks/peers/dali_reader.py"},
     "prometheus_client": {"monitoring/"},
-    "hydra": {"pipeline/config.py"},
-    "omegaconf": {"pipeline/config.py"},
+    "hydra": {"pipeline/compose.py"},
+    "omegaconf": {"pipeline/compose.py", "pipeline/config.py"},
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import COMMANDS
-from pipeline.config import ROOTS, load
+from pipeline.compose import ROOTS, load
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md")]

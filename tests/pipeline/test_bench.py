@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench import BENCHMARKS, run
-from pipeline.config import load
+from pipeline.compose import load
 
 SMALL = ["model.name=vit_tiny_patch16_224", "model.image_size=32", "model.patch_size=8", "model.depth=2"]
 SMALL += ["method.hidden_dim=32", "method.out_dim=16", "engine.precision=fp32", "batch_size=4", "rounds=1"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import COMMANDS, dispatch
-from pipeline.config import ROOTS
+from pipeline.compose import ROOTS
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -84,3 +84,13 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err == (
         "coldpress: /data/shards: No space left on device; free some space or write elsewhere.\n"
     )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["shard", "--help"], ["verify", "shards=/nowhere"], ["trian"]])
+def test_what_needs_no_torch_does_not_wait_for_it(words: list[str]) -> None:
+    program = (
+        "import sys; from pipeline.cli import dispatch; dispatch(sys.argv[1:]); "
+        "sys.exit(str(sorted({'torch', 'deepspeed', 'timm', 'nvidia'} & sys.modules.keys())))"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == "[]"

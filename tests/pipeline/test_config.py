@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config as configuration
+from pipeline import compose
+from pipeline.compose import ROOTS, load
 from pipeline.compression import NoCompression, Stage, Staged
-from pipeline.config import GROUPS, ROOTS, TrainConfig, load
+from pipeline.config import GROUPS, TrainConfig
 from pipeline.freezing import Curve, FreezeOut, NoFreeze
 from pipeline.methods.moco import MoCoConfig
 from pipeline.schedules import Unit
@@ -42,22 +43,22 @@ def test_groups_and_nested_values() -> None:
     assert config.budget.unit is Unit.cost
 
 
-@pytest.mark.parametrize("name", configuration.experiments())
+@pytest.mark.parametrize("name", compose.experiments())
 def test_every_experiment_composes(name: str) -> None:
     config = load("train", [f"experiment={name}", "run=test", "data.shards=shards"])
     assert config.budget.value > 0
-    text = (configuration.CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
+    text = (compose.CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
     assert re.search(r"^# Command: coldpress train experiment=" + name, text, re.M), "an experiment names its command"
 
 
 @pytest.mark.parametrize("command", ROOTS)
 def test_every_command_shows_its_config(command: str) -> None:
-    assert configuration.show(command, []).strip()
+    assert compose.show(command, []).strip()
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g, options in GROUPS.items() for o in options])
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    text = configuration.show("train", [f"{group}={option}"])
+    text = compose.show("train", [f"{group}={option}"])
     assert f"{group}:" in text
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data.drawn import draw_image_folder
-from pipeline.config import load
+from pipeline.compose import load
 from pipeline.demo import MARKER, run
 
 REPOSITORY = Path(__file__).parents[2]

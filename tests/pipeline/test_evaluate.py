@@ -13,7 +13,7 @@ from data.shard import ShardConfig
 from data.shard import run as shard
 from pipeline import distributed, evaluate
 from pipeline.checkpoint import TrainState
-from pipeline.config import load
+from pipeline.compose import load
 from pipeline.preemption import SIGNALS, StopRequest
 from pipeline.run_directory import RunDirectory
 from pipeline.train import build, train

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import TrainConfig, load
+from pipeline.compose import load
+from pipeline.config import TrainConfig
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.plan import StageRow, run, stages, uncompressed_cost

@@ -9,7 +9,7 @@ import pytest
 from data.manifest import Manifest, SampleIndex
 from pipeline.bench import run
 from pipeline.benchmarks import start
-from pipeline.config import load
+from pipeline.compose import load
 
 
 @pytest.fixture

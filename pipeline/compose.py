@@ -1,0 +1,138 @@
+"""The Hydra door: a command line in, plain dataclasses out."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+RUNS = "pipeline.config"
+Groups = dict[str, dict[str, type[Any]]]
+
+# command -> module and name of its root config, imported when asked for: sharding needs neither torch nor DeepSpeed,
+# which cost seconds and most of a gigabyte. `plan` looks at a training run without running it.
+ROOTS: dict[str, tuple[str, str]] = {
+    "shard": ("data.shard", "ShardConfig"),
+    "verify": ("data.verify", "VerifyConfig"),
+    "plan": (RUNS, "TrainConfig"),
+    "train": (RUNS, "TrainConfig"),
+    "evaluate": (RUNS, "EvaluateConfig"),
+    "bench": (RUNS, "BenchConfig"),
+    "demo": (RUNS, "DemoConfig"),
+}
+
+
+def load(command: str, overrides: list[str]) -> Any:
+    """Return a command's root config, composed and resolved, as plain dataclasses.
+
+    Raises:
+        ValueError: an unknown key or group option, a value of the wrong type or out of range, a missing value;
+            one sentence that names key, value and remedy.
+    """
+    try:
+        return OmegaConf.to_object(_compose(command, overrides))
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is required; say {error.full_key}=VALUE.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(command, error)) from error
+    except ValueError as error:
+        # OmegaConf appends lines of its own to what a config says of itself.
+        raise ValueError(str(error).split("\n")[0]) from error
+
+
+def show(command: str, overrides: list[str]) -> str:
+    """Return a command's composed config as YAML, missing values as ???."""
+    try:
+        return OmegaConf.to_yaml(_compose(command, overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(command, error)) from error
+
+
+def to_yaml(config: object) -> str:
+    """Return a dataclass config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def groups_of(command: str) -> dict[str, list[str]]:
+    """Return the groups that a command chooses from, experiments included."""
+    names = {entry.name for entry in fields(root_of(command))}
+    chosen = {group: list(options) for group, options in _groups(command).items() if group in names}
+    return chosen | ({"experiment": experiments()} if "compression" in names else {})
+
+
+def experiments() -> list[str]:
+    """Return the names of the experiments that ship."""
+    return sorted(p.stem for p in (CONFIG_DIR / "experiment").glob("*.yaml"))
+
+
+def _check_words(command: str, overrides: list[str]) -> None:
+    """Refuse what Hydra would refuse in several lines: words without =, unknown options of a group."""
+    choices = groups_of(command)
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word} is not key=value; `coldpress {command} --help` lists the keys.")
+        if key in choices and value not in choices[key]:
+            raise ValueError(f"{word} is not an option; choose from {', '.join(choices[key])}.")
+
+
+def _compose(command: str, overrides: list[str]) -> Any:
+    _check_words(command, overrides)
+    store = ConfigStore.instance()
+    store.store(name=f"{command}_schema", node=root_of(command))
+    for group, options in _groups(command).items():
+        for option, node in options.items():
+            store.store(group=group, name=option, node=node)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(command, overrides)
+
+
+def _explain(command: str, error: Exception) -> str:
+    """Turn what Hydra and OmegaConf say in several lines into one sentence with a remedy."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    text = " ".join(str(error).split("\n")[0].split())
+    if key and "not in" in str(cause):
+        close = difflib.get_close_matches(key, _keys(root_of(command), _groups(command)), n=1, cutoff=0.75)
+        hint = f"did you mean {close[0]}?" if close else f"`coldpress {command} --help` lists the keys."
+        return f"{key} is not a key of coldpress {command}; {hint}"
+    if key:
+        reason = " ".join(str(cause).split("\n")[0].split())
+        return f"{key}: {reason}; `coldpress {command} --help` shows its type and default."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read ({text}); quote the value if it holds special characters."
+    return f"{text.rstrip('.')}; `coldpress {command} --help` shows keys and groups."
+
+
+def _keys(node: type[Any], groups: Groups, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for entry in fields(node):
+        names.append(prefix + entry.name)
+        default = entry.default_factory() if callable(entry.default_factory) else None
+        options = [*groups.get(prefix + entry.name, {}).values(), type(default)]
+        for option in filter(is_dataclass, options):
+            names += _keys(cast(type[Any], option), groups, f"{prefix}{entry.name}.")
+    return names
+
+
+def root_of(command: str) -> type[Any]:
+    """Return the class of a command's root config."""
+    module, name = ROOTS[command]
+    return cast(type[Any], getattr(importlib.import_module(module), name))
+
+
+def _groups(command: str) -> Groups:
+    """Return the groups that a command may know; only those of runs have any."""
+    module, _ = ROOTS[command]
+    return cast(Groups, importlib.import_module(module).GROUPS) if module == RUNS else {}
