@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.dali import COLORS
+from data.dali.view import view_inputs
 from data.defects import Defects
 from data.feed import Feed
 from data.loader import Loader, LoaderConfig
@@ -40,7 +42,6 @@ METHODS: dict[str, Callable[[int], tuple[ViewSpec, ...]]] = {
     "dino": dino_views,
     "localmim": localmim_views,
 }
-COLORS = ("exact", "fused")
 OURS, FEED = "coldpress", "order, reading, parameters"
 _READ_AHEAD = 2
 _COLUMNS = (
@@ -137,9 +138,9 @@ def _measure_method(bench: _Bench, method: str, specs: tuple[ViewSpec, ...]) -> 
         )
         for variant in VARIANTS
     }
-    for color in COLORS if any(spec.jitter_probability for spec in specs) else COLORS[:1]:
+    for color in COLORS:
         streams[f"{OURS}, {color}"] = _loader_batches(bench, specs, replace(bench.data, color=color))
-    streams[FEED] = _feed_batches(bench, specs)
+        streams[f"{FEED}, {color}"] = _feed_batches(bench, specs, color)
     return bench.alternate(streams)
 
 
@@ -151,7 +152,7 @@ def _loader_batches(bench: _Bench, specs: tuple[ViewSpec, ...], data: LoaderConf
         loader.close()
 
 
-def _feed_batches(bench: _Bench, specs: tuple[ViewSpec, ...]) -> Stream:
+def _feed_batches(bench: _Bench, specs: tuple[ViewSpec, ...], color: str) -> Stream:
     """Yield what the loader hands to DALI, without DALI."""
     reader = Reader(bench.index)
     order, defects = ShuffledOrder(bench.index.counts, seed=0), Defects(bench.data.max_bad_samples)
@@ -160,7 +161,8 @@ def _feed_batches(bench: _Bench, specs: tuple[ViewSpec, ...]) -> Stream:
     places = (np.arange(size) + size * number for number in count())
     try:
         # A queue that forgets: nobody restarts this feed.
-        yield from feed.encoded(places, deque(maxlen=1))
+        for batch in feed.encoded(places, deque(maxlen=1)):
+            yield [view_inputs(spec, rows, color) for spec, rows in zip(specs, batch.rows, strict=True)]
     finally:
         feed.close()
         reader.close()
@@ -200,7 +202,7 @@ def _statistics(bench: _Bench, samples: Sequence[Sample]) -> dict[str, Any]:
 def _rows(views: str, measured: Mapping[str, Sequence[Round]], peers: Sequence[str]) -> list[dict[str, Any]]:
     """Return a row for each case, with its ratio to the fastest peer; none for a part of the loader."""
     peer = measured[fastest({name: measured[name] for name in peers})]
-    return [_row(views, case, rounds, peer if case != FEED else None) for case, rounds in measured.items()]
+    return [_row(views, case, rounds, None if case.startswith(FEED) else peer) for case, rounds in measured.items()]
 
 
 def _row(views: str, case: str, rounds: Sequence[Round], peer: Sequence[Round] | None) -> dict[str, Any]:
@@ -218,13 +220,12 @@ def _fields(name: str, spread: Spread) -> dict[str, float]:
 def _notes(method: str, measured: Mapping[str, Sequence[Round]], samples_per_second: float) -> list[str]:
     """Say what our Python costs, and how many cores feed a model."""
     notes = []
-    for case, rounds in measured.items():
-        if not case.startswith(OURS):
-            continue
-        share = ratios(measured[FEED], rounds)
+    for color in COLORS:
+        rounds, feed = measured[f"{OURS}, {color}"], measured[f"{FEED}, {color}"]
+        share = ratios(feed, rounds)
         seconds = Spread.of([each.cpu_milliseconds for each in rounds]).median / 1e3
         notes.append(
-            f"{method}, {case}: {1 / seconds:.0f} images/s per core, so {samples_per_second:,.0f} samples/s need "
+            f"{method}, {color}: {1 / seconds:.0f} images/s per core, so {samples_per_second:,.0f} samples/s need "
             f"{samples_per_second * seconds:.1f} cores; {FEED}: {100 * share.median:.1f} "
             f"[{100 * share.low:.1f}-{100 * share.high:.1f}] % of its CPU time."
         )
