@@ -32,19 +32,14 @@ _REACH = 3.0
 class Fused(IntEnum):
     """Where the numbers of `fused_parameters` are.
 
-    Brightness and contrast act together as x -> brightness (center + contrast (x - center)), once before the hue
-    and once after it; a center is a factor of the view's mean luma before any jitter.
+    A tone is four numbers: x -> brightness (center mean + contrast (x - center mean)) + shift, the mean being that of
+    the view's luma before any jitter. Two tones come before the mixing of colors, two after it; a shift of 0 means
+    that there is nothing to do.
     """
 
-    BRIGHTNESS_BEFORE = 0
-    CONTRAST_BEFORE = 1
-    BRIGHTNESS_AFTER = 2
-    CONTRAST_AFTER = 3
-    CENTER_AFTER = 4  # the one before is 1
-    SHIFT_BEFORE = 5  # in gray levels: torchvision truncates after each operator, here rounding is for all of them
-    SHIFT_AFTER = 6
-    WEIGHTS = 7  # of the luma, 3 numbers
-    MATRIX = 10  # 3x3, row by row
+    TONES = 0
+    WEIGHTS = 16  # of the luma, 3 numbers
+    MATRIX = 19  # of the mixing, 3x3, row by row
 
 
 class Exact(IntEnum):
@@ -57,23 +52,30 @@ class Exact(IntEnum):
 
 
 def fused_parameters(rows: Floats) -> Floats:
-    """Return, for parameter rows [n, len(Column)], what the fused jitter takes: [n, 19] as told by `Fused`."""
-    place = positions(rows)
-    early = place[:, :2] < place[:, 3:]
-    factors = rows[:, [Column.BRIGHTNESS, Column.CONTRAST]]
-    before, after = np.where(early, factors, 1), np.where(early, 1, factors)
-    shifts = np.stack([_truncations(before), _truncations(after) + _truncations_of_mixing(rows)], axis=1)
+    """Return, for parameter rows [n, len(Column)], what the fused jitter takes: [n, 28] as told by `Fused`."""
     weights = np.broadcast_to(LUMA, (len(rows), 3))
-    return np.hstack([before, after, before[:, :1], shifts, weights, _mixing(rows)]).astype(np.float32)
+    return np.hstack([_tones(rows).reshape(-1, 16), weights, _mixing(rows)]).astype(np.float32)
 
 
-def _truncations(factors: Floats) -> NDArray[np.float64]:
-    changes: NDArray[np.int64] = np.count_nonzero(factors != 1, axis=1)
-    return np.multiply(-TRUNCATION, changes, dtype=np.float64)
+def _tones(rows: Floats) -> NDArray[np.float64]:
+    """Put brightness and contrast before or after the mixing, which stands for the hue, in their order: [n, 4, 4].
 
-
-def _truncations_of_mixing(rows: Floats) -> NDArray[np.float64]:
-    return _truncations(rows[:, [Column.SATURATION]]) - TRUNCATION * rows[:, Column.GRAYSCALE]
+    Where torchvision truncates, we round: each tone takes its truncation off, the second that of the mixing too.
+    """
+    order = np.argsort(positions(rows)[:, [0, 1, 3]], axis=1)
+    mixing = np.argmax(order == 2, axis=1)
+    tones = np.tile([1.0, 1.0, 1.0, 0.0], (len(rows), 4, 1))
+    sample, gain = np.arange(len(rows)), np.ones(len(rows))
+    for rank in range(2):
+        # Of brightness (0) and contrast (1), the one that comes first, then the other.
+        which = order[sample, rank + (rank >= mixing)]
+        factor = rows[sample, Column.BRIGHTNESS + which].astype(float)
+        tone = tones[sample, rank + 2 - mixing]
+        tone[sample, which], tone[:, 2] = factor, gain
+        tone[:, 3] = -TRUNCATION * ((factor != 1) + rank * (rows[:, Column.SATURATION] != 1))
+        tones[sample, rank + 2 - mixing] = tone
+        gain = np.where(which == 0, factor, gain)
+    return tones
 
 
 def positions(rows: Floats) -> NDArray[np.int64]:

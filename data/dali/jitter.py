@@ -17,9 +17,6 @@ from data.color import TRUNCATION, Exact, Fused
 from data.dali.pixels import Pixels, beside
 from data.views import JITTERS, Column, ViewSpec
 
-_BEFORE = (Fused.BRIGHTNESS_BEFORE, Fused.CONTRAST_BEFORE, Fused.SHIFT_BEFORE)
-_AFTER = (Fused.BRIGHTNESS_AFTER, Fused.CONTRAST_AFTER, Fused.SHIFT_AFTER)
-
 
 def change_where(on: Any, view: Any, change: Callable[[Any], Any]) -> Any:
     """Change the samples of the batch for which ``on`` holds; only those pay for it."""
@@ -34,16 +31,23 @@ def change_where(on: Any, view: Any, change: Callable[[Any], Any]) -> Any:
 def fused(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
     """Jitter and take to gray. ``parameters``: those of `data.color.Fused`."""
     on = row[Column.JITTER] + row[Column.GRAYSCALE] > 0
-    return change_where(on, view, lambda some: _tone_mix_tone(some, parameters, pixels))
+    return change_where(on, view, lambda some: _tones_and_mixing(some, parameters, pixels))
 
 
-def _tone_mix_tone(view: Any, parameters: Any, pixels: Pixels) -> Any:
+def _tones_and_mixing(view: Any, parameters: Any, pixels: Pixels) -> Any:
     mean = fn.reductions.mean(pixels.luma(view, parameters[Fused.WEIGHTS : Fused.MATRIX]))
-    late_mean = mean * beside(mean, parameters[Fused.CENTER_AFTER])
-    brightness, contrast, shift = (parameters[k] for k in _BEFORE)
-    view = pixels.mix(pixels.tone(view, brightness, contrast, mean, shift), parameters[Fused.MATRIX :])
-    brightness, contrast, shift = (parameters[k] for k in _AFTER)
-    return pixels.tone(view, brightness, contrast, late_mean, shift)
+    for k in range(2):
+        view = _tone(view, parameters, k, mean, pixels)
+    view = pixels.mix(view, parameters[Fused.MATRIX :])
+    for k in range(2, 4):
+        view = _tone(view, parameters, k, mean, pixels)
+    return view
+
+
+def _tone(view: Any, parameters: Any, number: int, mean: Any, pixels: Pixels) -> Any:
+    brightness, contrast, center, shift = (parameters[Fused.TONES + 4 * number + k] for k in range(4))
+    middle = mean * beside(mean, center)
+    return change_where(shift < 0, view, lambda some: pixels.tone(some, brightness, contrast, middle, shift))
 
 
 def exact(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
