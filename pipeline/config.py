@@ -115,7 +115,7 @@ class BenchConfig:
     # Of what=loader: the set, whose views to make, and images of a round (rounded up to batches).
     data: LoaderConfig = field(default_factory=LoaderConfig)
     methods: list[str] = field(default_factory=lambda: ["moco", "simclr", "dino", "localmim"])
-    images: int = 256
+    images: int = 128
     # What the model eats; the loader's benchmark says how many cores that takes.
     samples_per_second: float = 1000.0
     output: str = ""
@@ -126,7 +126,7 @@ class BenchConfig:
                 f"rounds and batch_size must be at least 1 and 2, got {self.rounds} and {self.batch_size}."
             )
         if self.images < 1:
-            raise ValueError(f"images must be at least 1, got {self.images}; 256 is usual.")
+            raise ValueError(f"images must be at least 1, got {self.images}; 128 is usual.")
         if not self.samples_per_second > 0:
             raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
 

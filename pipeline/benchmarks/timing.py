@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 Stream = Generator[object, None, None]
 """Endless batches; closing it ends whatever makes them."""
 
-_POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.02
 _QUIET_SECONDS = 0.25
 # Of one core: more than polling costs, less than any stage of a loader that has something to do.
 _BUSY_SHARE = 0.2
@@ -88,8 +91,8 @@ def measure(stream: Stream, batches: int, batch_size: int) -> Round:
     It begins and ends with full queues and idle workers: as many images are made as are taken, however far
     ahead of its consumer a loader works, and nobody pays for another's start.
     """
-    cpu, _ = settled()
-    began = time.perf_counter()
+    settled()
+    cpu, began = cpu_seconds(), time.perf_counter()
     taken = sum(1 for _ in islice(stream, batches))
     assert taken == batches, "a stream of a benchmark is endless"
     cpu_after, ended = settled()
@@ -99,8 +102,9 @@ def measure(stream: Stream, batches: int, batch_size: int) -> Round:
 def settled() -> tuple[float, float]:
     """Wait until this process and its workers rest; return their CPU seconds and when the last work ended.
 
-    Raises RuntimeError when they never do.
+    The cost of looking is not among those seconds. Raises RuntimeError when they never rest.
     """
+    looking = time.thread_time()
     cpu, now = cpu_seconds(), time.perf_counter()
     began = active = now
     while now - active < _QUIET_SECONDS:
@@ -108,10 +112,26 @@ def settled() -> tuple[float, float]:
             raise RuntimeError(f"after {now - began:.0f} s this process or its workers are still busy")
         time.sleep(_POLL_SECONDS)
         cpu_before, before = cpu, now
-        cpu, now = cpu_seconds(), time.perf_counter()
-        if cpu - cpu_before > _BUSY_SHARE * (now - before):
+        cpu, now = cpu_seconds() - (time.thread_time() - looking), time.perf_counter()
+        # On a crowded machine who has work may get no time for it.
+        if cpu - cpu_before > _BUSY_SHARE * (now - before) or _someone_wants_to_run():
             active = now
     return cpu, active
+
+
+def _someone_wants_to_run() -> bool:
+    """Tell whether a thread of this process or its workers, other than this one, runs or waits for a core or a disk."""
+    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    threads = [thread for pid in processes for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return any(_state(thread) in ("R", "D") for thread in threads if thread.name != str(threading.get_native_id()))
+
+
+def _state(thread: Path) -> str:
+    """Return the state of a thread by proc(5): the letter after its name, which may itself hold parentheses."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def cpu_seconds() -> float:

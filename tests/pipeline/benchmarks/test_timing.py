@@ -1,15 +1,17 @@
 """Ratios and medians by hand; the CPU clock sees threads and worker processes."""
 
+import math
 import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.benchmarks import timing
-from pipeline.benchmarks.timing import Round, Spread, Stream, alternate, cpu_seconds, fastest, measure, ratios
+from pipeline.benchmarks.timing import Round, Spread, Stream, alternate, cpu_seconds, fastest, measure, ratios, settled
 
 
 def burn(seconds: float) -> None:
@@ -108,6 +110,19 @@ def test_a_process_that_never_rests_is_no_endless_wait(monkeypatch: pytest.Monke
     finally:
         over.set()
         busy.join()
+
+
+def test_a_worker_that_gets_no_core_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CPU time may stand still for longer than a rest would last."""
+    monkeypatch.setattr(timing, "_BUSY_SHARE", math.inf)
+    monkeypatch.setattr(timing, "_QUIET_SECONDS", 0.06)
+    process = multiprocessing.get_context("fork").Process(target=burn, args=(1.0,))
+    process.start()
+    _, ended = settled()
+    assert not process.is_alive() or timing._state(Path(f"/proc/{process.pid}/task/{process.pid}")) in ("Z", "X", "")
+    assert cpu_seconds() >= 1.0
+    assert ended <= time.perf_counter()
+    process.join()
 
 
 def burn_and_wait(pipe: Any) -> None:
