@@ -158,11 +158,12 @@ def _feed_batches(bench: _Bench, specs: tuple[ViewSpec, ...], color: str) -> Str
     order, defects = ShuffledOrder(bench.index.counts, seed=0), Defects(bench.data.max_bad_samples)
     size = bench.batch_size
     feed = Feed(reader, order, specs, defects, seed=0, batch_size=size, ahead=_READ_AHEAD)
+    on_gpu = bench.device.type == "cuda"
     places = (np.arange(size) + size * number for number in count())
     try:
         # A queue that forgets: nobody restarts this feed.
         for batch in feed.encoded(places, deque(maxlen=1)):
-            yield [view_inputs(spec, rows, color) for spec, rows in zip(specs, batch.rows, strict=True)]
+            yield [view_inputs(spec, rows, color, on_gpu) for spec, rows in zip(specs, batch.rows, strict=True)]
     finally:
         feed.close()
         reader.close()
@@ -200,7 +201,7 @@ def _statistics(bench: _Bench, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _rows(views: str, measured: Mapping[str, Sequence[Round]], peers: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for each case, with its ratio to the fastest peer; none for a part of the loader."""
+    """Return a row for each case; a part of the loader has no speed and no ratio to the fastest peer."""
     peer = measured[fastest({name: measured[name] for name in peers})]
     return [_row(views, case, rounds, None if case.startswith(FEED) else peer) for case, rounds in measured.items()]
 
@@ -208,8 +209,9 @@ def _rows(views: str, measured: Mapping[str, Sequence[Round]], peers: Sequence[s
 def _row(views: str, case: str, rounds: Sequence[Round], peer: Sequence[Round] | None) -> dict[str, Any]:
     row: dict[str, Any] = {"views": views, "case": case}
     row |= _fields("cpu_ms", Spread.of([each.cpu_milliseconds for each in rounds]))
-    row |= _fields("images_per_second", Spread.of([each.images_per_second for each in rounds]))
-    row |= _fields("ratio", ratios(peer, rounds)) if peer else {}
+    if peer:
+        row |= _fields("images_per_second", Spread.of([each.images_per_second for each in rounds]))
+        row |= _fields("ratio", ratios(peer, rounds))
     return row | {"rounds": [asdict(each) for each in rounds]}
 
 
