@@ -98,14 +98,22 @@ def _hue(view: Any, row: Any, spec: ViewSpec, pixels: Pixels) -> Any:
     """Turn the hue of HSV, by a sixth of a turn at most in each pass."""
     passes = math.ceil(6 * spec.jitter[3])
     sixths = row[Column.HUE] * (1 / (60.0 * passes))
+    backwards = sixths < 0
     for _ in range(passes):
-        red, green, blue = pixels.channels(view)
-        # Backwards is forwards with red and blue exchanged.
-        if sixths >= 0:
-            view = pixels.join(_turned(red, green, blue, sixths, pixels))
-        else:
-            view = pixels.join(_turned(blue, green, red, -sixths, pixels)[::-1])
+        red, green, blue = _reversed_where(backwards, pixels.channels(view))
+        turned = _turned(red, green, blue, dm.abs(sixths), pixels)
+        view = pixels.join(_reversed_where(backwards, turned))
     return view
+
+
+def _reversed_where(on: Any, channels: list[Any]) -> list[Any]:
+    """Exchange red and blue, and with them the two ways around the circle of hues."""
+    red, green, blue = channels
+    if on:
+        first, last = blue, red
+    else:
+        first, last = red, blue
+    return [first, green, last]
 
 
 def _turned(red: Any, green: Any, blue: Any, sixths: Any, pixels: Pixels) -> list[Any]:

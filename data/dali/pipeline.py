@@ -75,6 +75,7 @@ class ViewPipeline:
         decoding: Decoding | None = None,
     ) -> None:
         self._count = len(specs)
+        self._device = device
         self._pipe: Any = build_graph(
             specs, source, batch_size, device, threads, prefetch, color, decoding or Decoding()
         )
@@ -88,8 +89,11 @@ class ViewPipeline:
         if not self._started:
             self._pipe.schedule_run()
             self._started = True
+        # Bound to torch's stream, outputs are ready in its order, and freed in it; nobody waits on the host.
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        outputs = self._pipe.share_outputs(stream)[: self._count + 1]
         # The dynamic executor gives every batch its own buffers, so tensors stay valid after the release.
-        *views, tags = (from_dlpack(output.as_tensor()) for output in self._pipe.share_outputs()[: self._count + 1])
+        *views, tags = (from_dlpack(output.as_tensor()) for output in outputs)
         self._pipe.release_outputs()
         self._pipe.schedule_run()
         return tuple(views), tags
@@ -131,8 +135,8 @@ def build_graph(
         for k in range(len(specs)):
             inputs = {name: numbers.pop(0) for name in names[k]}
             views.append(make_view(image, inputs, specs[k], color))
-        # An operator whose output nobody asks for does not run.
-        return (*views, tags) if views else (tags, image.shape())
+        # An operator whose output nobody asks for does not run: without views, ask for a pixel.
+        return (*views, tags) if views else (tags, fn.slice(image, start=(0, 0), shape=(1, 1), axes=(0, 1)))
 
     define = pipeline_def(
         graph,

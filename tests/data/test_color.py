@@ -1,0 +1,98 @@
+"""The algebra of color and blur against pixels changed op by op in float, without clipping."""
+
+import itertools
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
+
+from data.color import LUMA, Exact, Fused, blur_kernels, exact_parameters, fused_parameters, positions
+from data.views import JITTERS, Column, ViewSpec, draw
+
+ORDERS = list(itertools.permutations(JITTERS))
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+def rows(count: int = 400, **fields: float) -> NDArray[np.float32]:
+    """Return drawn rows, all of them jittered."""
+    sides, ids = np.full(count, 100), np.arange(count)
+    spec = ViewSpec(32, jitter_probability=1.0, **fields)  # type: ignore[arg-type]
+    return draw(spec, seed=0, epoch=0 * ids, sample=ids, view=0, heights=sides, widths=sides)
+
+
+def jittered(pixels: NDArray[np.float64], row: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Change pixels [n, 3] op by op in the drawn order."""
+    for column in row[Column.FIRST :].astype(int):
+        factor = float(row[column])
+        luma = pixels @ np.array(LUMA)
+        if column == Column.BRIGHTNESS:
+            pixels = factor * pixels
+        elif column == Column.CONTRAST:
+            pixels = factor * pixels + (1 - factor) * luma.mean()
+        elif column == Column.SATURATION:
+            pixels = factor * pixels + (1 - factor) * luma[:, None]
+        else:
+            c, s = np.cos(np.radians(factor)), np.sin(np.radians(factor))
+            turn = np.array([[1, 0, 0], [0, c, s], [0, -s, c]])
+            pixels = pixels @ (np.linalg.inv(TO_YIQ) @ turn @ TO_YIQ).T
+    return pixels
+
+
+def test_fused_parameters_are_the_whole_jitter_in_any_order() -> None:
+    drawn = rows(grayscale=0.3)
+    assert len(np.unique(drawn[:, Column.FIRST :], axis=0)) == 24
+    pixels = np.random.default_rng(0).uniform(0, 255, (50, 3))
+    for row, numbers in zip(drawn, fused_parameters(drawn).astype(float), strict=True):
+        mean, ours = (pixels @ numbers[Fused.WEIGHTS : Fused.MATRIX]).mean(), pixels
+        tones = numbers[Fused.TONES : Fused.WEIGHTS].reshape(4, 4)
+        for number, (brightness, contrast, center, _) in enumerate(tones):
+            if number == 2:
+                ours = ours @ numbers[Fused.MATRIX :].reshape(3, 3).T
+            ours = brightness * (center * mean + contrast * (ours - center * mean))
+        theirs = jittered(pixels, row)
+        if row[Column.GRAYSCALE]:
+            theirs = np.repeat((theirs @ np.array(LUMA))[:, None], 3, axis=1)
+        assert np.abs(ours - theirs).max() < 0.01
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join(c.name[0] for c in order))
+def test_brightness_and_contrast_keep_their_place_around_the_hue(order: tuple[Column, ...]) -> None:
+    row = rows(1)
+    row[:, Column.FIRST :] = order
+    tones = fused_parameters(row)[0, Fused.TONES : Fused.WEIGHTS].reshape(4, 4)
+    acting = [number for number in range(4) if tones[number, 3] < 0]
+    kinds = [Column.BRIGHTNESS if tones[number, 0] != 1 else Column.CONTRAST for number in acting]
+    kept = [column for column in order if column != Column.SATURATION]
+    assert kinds == [column for column in kept if column != Column.HUE]
+    assert sum(number < 2 for number in acting) == kept.index(Column.HUE)
+
+
+def test_every_operator_takes_its_truncation_off_once() -> None:
+    shifts = fused_parameters(rows())[:, Fused.TONES + 3 : Fused.WEIGHTS : 4]
+    assert np.allclose(shifts.sum(axis=1), -0.49 * 3)  # brightness, contrast, saturation
+    still = rows(jitter=(0.0, 0.0, 0.0, 0.0), grayscale=0.0)
+    assert (fused_parameters(still)[:, Fused.TONES + 3 : Fused.WEIGHTS : 4] == 0).all()
+
+
+def test_positions_invert_the_order() -> None:
+    drawn = rows()
+    for row, places in zip(drawn, positions(drawn), strict=True):
+        assert [row[Column.FIRST + place] for place in places] == list(JITTERS)
+
+
+def test_exact_saturation_blends_with_the_luma() -> None:
+    drawn = rows(20)
+    matrices = exact_parameters(drawn)[:, Exact.MATRIX :].reshape(-1, 3, 3)
+    gray, factor = np.array([0.2989, 0.587, 0.114]), drawn[:, Column.SATURATION, None, None]
+    assert np.allclose(matrices, factor * np.eye(3) + (1 - factor) * gray, atol=1e-6)
+
+
+def test_kernels_are_gaussians_of_their_sigma() -> None:
+    drawn = rows(blur=0.7)
+    for sigma, kernel in zip(drawn[:, Column.SIGMA].astype(float), blur_kernels(drawn), strict=True):
+        radius = len(kernel) // 2
+        assert radius >= 3 * sigma
+        peak = np.eye(1, len(kernel), radius)[0]
+        assert np.allclose(kernel, gaussian_filter1d(peak, sigma, radius=radius, mode="constant") if sigma else 1)
+    assert len(blur_kernels(rows(3))[0]) == 1
