@@ -8,15 +8,19 @@ Kept: gray and RGB JPEGs of the three coding processes that decoders of all devi
 among them, though GPUs decode them outside the JPEG engine: Pillow cannot make them baseline without loss.
 Re-encoded to baseline RGB: CMYK, all other formats, and JPEGs that only a forgiving decoder reads. 16-bit gray
 PNGs are scaled to 8 bits, as their format defines black and white; deeper or undefined ranges are rejected.
+Rejected: what does not decode, and JPEGs whose data libjpeg calls corrupt, though Pillow and DALI shrug and show
+half a picture. A few stray bytes after the last code, which cameras and editors leave, cost no pixel and are kept.
 """
 
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data.jpeg import BASELINE, EXTENDED, PROGRESSIVE, JpegHeader, count_scans, has_end, read_header
@@ -28,6 +32,9 @@ MAX_SIDE = 65_500  # libjpeg's limit
 MAX_SCANS = 200  # encoders write about ten; each costs a pass over the image
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow opens nothing larger
 _EXIF_ORIENTATION = 0x0112
+_CORRUPT = ("Corrupt JPEG data", "Premature end")
+_STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_MAX_STRAY_BYTES = 16
 _SHALLOW_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
 
@@ -83,10 +90,11 @@ def as_jpeg(encoded: bytes, policy: ImagePolicy = ImagePolicy()) -> Jpeg:
     try:
         with warnings.catch_warnings(action="ignore"), _open(encoded, policy) as image:
             header = _check_scans(encoded) if image.format in ("JPEG", "MPO") else None
+            tested = header is not None and _test_decode(encoded, image.mode)
             if 0 < policy.shorter_side < min(image.size):
                 return _encode(_scale(_as_rgb(image), policy.shorter_side), policy, "scaled down")
             if header and header.frame in (BASELINE, EXTENDED, PROGRESSIVE) and image.mode in ("RGB", "L"):
-                return _keep(encoded, image, header)
+                return _keep(encoded, image, header, tested)
             treatment = f"re-encoded {_kind(image, header)}"
             return _encode(_as_rgb(image), policy, treatment)
     except RejectedError:
@@ -137,11 +145,28 @@ def _check_scans(encoded: bytes) -> JpegHeader | None:
     return header
 
 
-def _keep(encoded: bytes, image: Image.Image, header: JpegHeader) -> Jpeg:
-    """Test-decode a JPEG: every code of it is read, pixels are computed at an eighth of the size only."""
+def _test_decode(encoded: bytes, mode: str) -> bool:
+    """Read every code of a JPEG, with pixels at an eighth of the size only; return whether libjpeg knows its kind.
+
+    Raises RejectedError for corrupt data.
+    """
+    color = "CMYK" if mode == "CMYK" else "GRAY"
+    try:
+        simplejpeg.decode_jpeg(encoded, color, fastdct=True, min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        message = str(error)
+        stray = _STRAY_BYTES.search(message)
+        if message.startswith(_CORRUPT) and not (stray and int(stray[1]) <= _MAX_STRAY_BYTES):
+            raise RejectedError(f"corrupt: {message.removeprefix('Corrupt JPEG data: ')}") from None
+        return stray is not None
+    return True
+
+
+def _keep(encoded: bytes, image: Image.Image, header: JpegHeader, tested: bool) -> Jpeg:
     (width, height), rotated = image.size, _is_rotated(image)
-    image.draft("L", (max(1, width // 8), max(1, height // 8)))
-    image.load()
+    if not tested:
+        image.draft("L", (max(1, width // 8), max(1, height // 8)))
+        image.load()
     facts = [KEPT, *["progressive"] * (header.frame == PROGRESSIVE), *["EXIF rotation ignored"] * rotated]
     return Jpeg(encoded, width, height, ", ".join(facts))
 
