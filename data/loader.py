@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.dali import COLORS, Decoding, ViewPipeline
+from data.dali import COLORS, Decoding, ViewPipeline, probe_hardware_share
 from data.defects import Defects, find_undecodable
 from data.feed import Feed, Share
 from data.manifest import Manifest, SampleIndex
 from data.order import FixedOrder, Order, ShuffledOrder
-from data.reader import Reader
+from data.reader import Reader, Sample
 from data.resources import processes_here, share_of_cores, usual_prefetch
 from data.staging import Originals, Stage, needs
 from data.views import ViewSpec
+
+_PROBED_IMAGES = 256
 
 
 @dataclass
@@ -34,7 +37,9 @@ class LoaderConfig:
 
     device "auto" means the GPU if the model is on one. color: how views change colors, "fused" (fast, the statistics
     of torchvision's) or "exact" (torchvision's pixels). threads of DALI: 0 = this process's share of the cores.
-    prefetch: batches made ahead of the model, 0 = by their size. max_bad_samples: how many samples that broke
+    prefetch: batches made ahead of the model, 0 = by their size. hardware_share: part of the images that a GPU's
+    JPEG engine decodes, 0 to 1; -1 measures at each start what is fastest, so that lives of a run may differ in the
+    last bit of a pixel. max_bad_samples: how many samples that broke
     after sharding each process may replace before it gives up. staging: folder on a local disk for copies of the
     shards that are read next; the processes of a node share ``staging_gigabytes`` there.
     """
@@ -44,6 +49,7 @@ class LoaderConfig:
     color: str = "fused"
     threads: int = 0
     prefetch: int = 0
+    hardware_share: float = -1.0
     max_bad_samples: int = 100
     staging: str = ""
     staging_gigabytes: float = 100.0
@@ -57,6 +63,8 @@ class LoaderConfig:
             raise ValueError(f"data.threads: must be at least 0, not {self.threads}; 0 divides the cores.")
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch: must be at least 0, not {self.prefetch}; 0 decides by the batch's size.")
+        if not (self.hardware_share == -1 or 0 <= self.hardware_share <= 1):
+            raise ValueError(f"data.hardware_share: must be 0 to 1, or -1 to measure, not {self.hardware_share:g}.")
         if self.max_bad_samples < 0:
             raise ValueError(f"data.max_bad_samples: must be at least 0, not {self.max_bad_samples}; 0 allows none.")
         if not self.staging_gigabytes > 0:
@@ -109,6 +117,7 @@ class Loader:
         self.wait_seconds = 0.0
         """Seconds the consumer has waited for batches so far."""
         self._order: Order = ShuffledOrder(index.counts, seed) if order is None else order
+        self._threads = config.threads or share_of_cores()
         self._prefetch = config.prefetch or usual_prefetch(batch_size // world_size, self._specs)
         self._defects = Defects(config.max_bad_samples)
         self._stage = _stage(config, index) if isinstance(self._order, ShuffledOrder) else Originals(index.paths)
@@ -122,6 +131,19 @@ class Loader:
             batch_size=batch_size,
             ahead=self._prefetch,
         )
+
+    @cached_property
+    def _decoding(self) -> Decoding:
+        """Say how the GPU decodes; a long run measures first what share of it the JPEG engine should do."""
+        largest, share = (self.manifest.max_height, self.manifest.max_width), self._config.hardware_share
+        if share < 0 and self._pipeline_device.type == "cuda" and isinstance(self._order, ShuffledOrder):
+            read = self._reader.read(range(min(self.num_samples, _PROBED_IMAGES)))
+            images = [each.image for each in read if isinstance(each, Sample)]
+            batch_size, threads = min(_PROBED_IMAGES, self._batch_size // self._world_size), self._threads
+            share = probe_hardware_share(
+                images, batch_size=batch_size, device=self._pipeline_device, threads=threads, largest=largest
+            )
+        return Decoding(share, largest) if share >= 0 else Decoding(largest=largest)
 
     @property
     def bad_samples(self) -> int:
@@ -169,10 +191,10 @@ class Loader:
             source.__next__,
             batch_size=self._batch_size // self._world_size,
             device=self._pipeline_device,
-            threads=self._config.threads or share_of_cores(),
+            threads=self._threads,
             prefetch=self._prefetch,
             color=self._config.color,
-            decoding=Decoding(largest=(self.manifest.max_height, self.manifest.max_width)),
+            decoding=self._decoding,
         )
         return _Flow(pipeline, in_flight)
 

@@ -310,6 +310,7 @@ def test_staged_copies_change_no_bit_and_go_in_the_end(make: Any, drawn_shards: 
         ({"color": "sepia"}, "data.color: must be fused or exact, not 'sepia'"),
         ({"threads": -1}, "data.threads: must be at least 0, not -1"),
         ({"prefetch": -1}, "data.prefetch: must be at least 0, not -1"),
+        ({"hardware_share": 2}, "data.hardware_share: must be 0 to 1, or -1 to measure, not 2"),
         ({"max_bad_samples": -1}, "data.max_bad_samples: must be at least 0, not -1"),
         ({"staging_gigabytes": 0}, "data.staging_gigabytes: must be above 0, not 0"),
     ],
