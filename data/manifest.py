@@ -5,7 +5,6 @@ A directory is a finished set if and only if it holds ``manifest.json``, which i
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.publishing import write_atomically
+
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_VERSION = "v1.2"
+_REMEDY = "copy it again, or run the `coldpress shard` command of this set once more: it mends what is damaged"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Manifest:
     """The record of a finished set. Class ids are positions in ``classes``; no classes means no labels.
 
     max_height, max_width: pixels of the tallest and of the widest image, not one and the same as a rule.
-    treatments: how many samples came in by each `data.images` treatment.
+    treatments: how many samples came in by each `data.images` treatment. rejected: rows of the list of rejected
+    images beside the shards; rejected_sha256: of that file, empty when there is none.
     """
 
     schema_version: int
@@ -44,6 +47,8 @@ class Manifest:
     max_height: int
     max_width: int
     treatments: dict[str, int]
+    rejected: int
+    rejected_sha256: str
     shards: tuple[Shard, ...]
     source: str
     options: dict[str, Any]
@@ -58,18 +63,18 @@ class Manifest:
         if not path.is_file():
             raise ValueError(
                 f"{directory}: no {MANIFEST_NAME}, so this is not a finished set of shards; "
-                f"write one with `coldpress shard source=... output={directory}`."
+                "run the `coldpress shard` command that writes it once more, or shard to a new folder."
             )
         content = path.read_bytes()
         try:
             fields = json.loads(content)
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); shard the source again.") from None
+            raise ValueError(f"{path}: not JSON ({error}); shard the source again to a new folder.") from None
         manifest = cls._from_fields(fields, path)
         if _encode(manifest) != content:
             raise ValueError(
                 f"{path}: damaged, or edited by hand: its content is not what its sha256 says; "
-                "copy it again or shard the source again."
+                "copy it again, or shard the source again to a new folder."
             )
         return manifest
 
@@ -79,14 +84,14 @@ class Manifest:
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{path}: schema_version is {version}, this version of coldpress reads {SCHEMA_VERSION}; "
-                "shard the source again."
+                "shard the source again to a new folder."
             )
         try:
             fields.pop("sha256")
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
             return cls(shards=shards, classes=tuple(fields.pop("classes")), **fields)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a manifest ({error}); shard the source again.") from None
+            raise ValueError(f"{path}: not a manifest ({error}); shard the source again to a new folder.") from None
 
     def write(self, directory: Path) -> None:
         """Publish the manifest in one step, so that no reader ever sees half of it."""
@@ -156,16 +161,16 @@ def _read_shard_index(tar: Path, shard: Shard) -> NDArray[np.int64]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing index; shard the source again.") from None
+        raise ValueError(f"{path}: missing index; {_REMEDY}.") from None
     # A stale index of another tar reads as silently wrong bytes, so it is bound to its tar by checksum.
     if hashlib.sha256(text).hexdigest() != shard.index_sha256:
-        raise ValueError(f"{path}: not the index that {MANIFEST_NAME} names; shard the source again.")
+        raise ValueError(f"{path}: not the index that {MANIFEST_NAME} names; {_REMEDY}.")
     columns = parse_index(text.decode("ascii", "replace"), path)
     if columns.shape[1] != shard.samples:
         raise ValueError(f"{path}: {columns.shape[1]} samples, {MANIFEST_NAME} says {shard.samples}.")
     for start, size in (columns[:2], columns[2:]):
         if np.any(start < 0) or np.any(size < 0) or np.any(start + size > shard.bytes):
-            raise ValueError(f"{path}: an extent leaves {tar.name}; shard the source again.")
+            raise ValueError(f"{path}: an extent leaves {tar.name}; shard the source again to a new folder.")
     return columns
 
 
@@ -173,9 +178,9 @@ def _check_tar_size(tar: Path, shard: Shard) -> None:
     try:
         size = tar.stat().st_size
     except FileNotFoundError:
-        raise ValueError(f"{tar}: missing, but {MANIFEST_NAME} names it; shard the source again.") from None
+        raise ValueError(f"{tar}: missing, but {MANIFEST_NAME} names it; {_REMEDY}.") from None
     if size != shard.bytes:
-        raise ValueError(f"{tar}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; copy it again or shard again.")
+        raise ValueError(f"{tar}: {size} bytes, {MANIFEST_NAME} says {shard.bytes}; {_REMEDY}.")
 
 
 def parse_index(text: str, path: Path) -> NDArray[np.int64]:
@@ -185,7 +190,7 @@ def parse_index(text: str, path: Path) -> NDArray[np.int64]:
     """
     tokens = text.split()
     if len(tokens) < 2 or tokens[0] != INDEX_VERSION or not tokens[1].isdecimal():
-        raise ValueError(f"{path}: not a {INDEX_VERSION} index; shard the source again.")
+        raise ValueError(f"{path}: not a {INDEX_VERSION} index; shard the source again to a new folder.")
     rows = int(tokens[1])
     width, rest = divmod(len(tokens) - 2, rows) if rows else (0, len(tokens) - 2)
     if rest or width % 4:
@@ -193,7 +198,7 @@ def parse_index(text: str, path: Path) -> NDArray[np.int64]:
     # Sliced column by column: this is what keeps a million rows at about a second.
     columns = {tokens[2 + start]: start for start in range(0, width, 4)}
     if rows and "jpg" not in columns:
-        raise ValueError(f"{path}: no jpg component; shard the source again.")
+        raise ValueError(f"{path}: no jpg component; shard the source again to a new folder.")
     table = np.zeros((4, rows), np.int64)
     for into, extension in ((table[:2], "jpg"), (table[2:], "cls")):
         if extension in columns:
@@ -206,21 +211,10 @@ def _fill(into: NDArray[np.int64], extension: str, fields: list[list[str]], path
     """Write one component's offsets and sizes into int64 [2, rows]."""
     extensions, *numbers = fields
     if extensions.count(extension) != into.shape[1]:
-        raise ValueError(f"{path}: rows with different components; shard the source again.")
+        raise ValueError(f"{path}: rows with different components; shard the source again to a new folder.")
     try:
         into[:] = [list(map(int, column)) for column in numbers]
     except (ValueError, OverflowError):
-        raise ValueError(f"{path}: an offset or size is not a number; shard the source again.") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: temporary neighbor, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path}: an offset or size is not a number; shard the source again to a new folder."
+        ) from None

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.images import ImagePolicy, Jpeg, RejectedError, as_jpeg
-from data.manifest import INDEX_VERSION, Shard, index_path, write_atomically
+from data.manifest import INDEX_VERSION, Shard, index_path
+from data.publishing import file_sha256, publish, temporary_path, write_atomically
 from data.sources.extents import ExtentReader
 from data.sources.table import SourceImage, SourceSlice
 
@@ -60,7 +61,7 @@ def pack(task: ShardTask) -> PackedShard:
     Raises ValueError when the source changed or the disk refuses.
     """
     tar = Path(task.path)
-    temporary = tar.with_name(tar.name + ".tmp")
+    temporary = temporary_path(tar)
     try:
         with temporary.open("wb", buffering=_WRITTEN_AT_ONCE) as file:
             writer = _TarWriter(file)
@@ -69,7 +70,7 @@ def pack(task: ShardTask) -> PackedShard:
         index = f"{INDEX_VERSION} {writer.samples}\n".encode("ascii") + writer.rows
         if writer.samples:
             write_atomically(index_path(tar), index)
-            os.replace(temporary, tar)
+            publish(temporary, tar)
     except OSError as error:
         raise ValueError(
             f"shard.output: cannot write {tar} ({error.strerror}); mend that and run the same command again, "
@@ -177,9 +178,3 @@ def _holds(tar: Path, shard: Shard) -> bool:
         return True
     expected = ((tar, shard.sha256), (index_path(tar), shard.index_sha256))
     return all(file.is_file() and file_sha256(file) == checksum for file, checksum in expected)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,12 +4,12 @@ The same source and options give the same bytes, whatever the number of workers 
 was killed on the way: sample order and keys come from one seeded shuffle by the images' names.
 """
 
-import csv
-import io
+import hashlib
 import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.images import ImagePolicy
-from data.ledger import Ledger, discard, refuse_other_plan
-from data.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, write_atomically
+from data.ledger import LEDGER_NAME, Ledger, refuse_other_plan
+from data.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from data.pack import PackedShard, ShardTask, keep_or_pack
+from data.publishing import write_atomically
+from data.rejected import REJECTED_NAME, Rejected, count_reasons, encode_rejected
+from data.repair import Repair, damaged_files
 from data.sources import Source, scan
 from data.workers import run_tasks
 
-REJECTED_NAME = "rejected.csv"
 SAMPLES_PER_SHARD = 1000
-_REASONS_SHOWN = 12
 
 
 @dataclass
@@ -74,23 +75,55 @@ class ShardConfig:
 
 
 def run(config: ShardConfig) -> None:
-    """Shard the source, or say that it is done already.
+    """Shard the source; of a finished set, write again what is missing, or say that it is done already.
 
     Raises ValueError for a source or output that cannot be used, and for too many rejected images.
     """
     started = time.monotonic()
     source, output = scan(Path(config.source), config.labels, config.classes), Path(config.output)
     plan = _plan(config, source)
-    if (output / MANIFEST_NAME).exists():
-        manifest = Manifest.load(output)
-        refuse_other_plan(output, manifest.options, plan)
-        print(f"{output} holds this set already: {manifest.samples} samples in {len(manifest.shards)} shards.")
-    else:
+    manifest = _finished(output, plan)
+    if manifest is None or damaged_files(output, manifest) or (output / LEDGER_NAME).exists():
         with Ledger(output, plan) as ledger:
-            packed = _pack_all(config, source, ledger)
-            manifest = _publish(config, source, plan, packed)
-        print(_table(manifest, source, packed, time.monotonic() - started))
-    discard(output)
+            said = _write(config, source, ledger, started)
+            ledger.discard()
+        print(said)
+    else:
+        print(_done_already(output, manifest))
+
+
+def _write(config: ShardConfig, source: Source, ledger: Ledger, started: float) -> str:
+    """Shard or repair; return what to say of it."""
+    # Looked at again, now that nobody else writes: another command may have finished the set meanwhile.
+    manifest = _finished(ledger.output, ledger.plan)
+    if manifest is None:
+        packed = _pack_all(config, source, ledger)
+        manifest = _publish(config, source, ledger.plan, packed)
+        return _table(manifest, source, packed, time.monotonic() - started)
+    damaged = damaged_files(ledger.output, manifest)
+    if not damaged:
+        return _done_already(ledger.output, manifest)
+    print(f"{ledger.output} lacks {len(damaged)} files of this set or holds others in their place: {_few(damaged)}")
+    repair = Repair(ledger.output, ledger.folder, manifest, frozenset(damaged))
+    repair.run(_tasks(config, source, ledger), source.rejected, config.workers)
+    return f"{len(damaged)} files written again; {_done_already(ledger.output, manifest)}"
+
+
+def _finished(output: Path, plan: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of a set of this plan, None if there is none. Raises ValueError for another set."""
+    if not (output / MANIFEST_NAME).exists():
+        return None
+    manifest = Manifest.load(output)
+    refuse_other_plan(output, manifest.options, plan)
+    return manifest
+
+
+def _done_already(output: Path, manifest: Manifest) -> str:
+    return f"{output} holds this set already: {manifest.samples} samples in {len(manifest.shards)} shards."
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _plan(config: ShardConfig, source: Source) -> dict[str, Any]:
@@ -107,9 +140,10 @@ def _samples_per_shard(config: ShardConfig) -> int:
 def _pack_all(config: ShardConfig, source: Source, ledger: Ledger) -> list[PackedShard]:
     """Write every shard that is not there yet; return all, in order."""
     packed = []
-    for done in _follow(run_tasks(keep_or_pack, _tasks(config, source, ledger), config.workers), len(source)):
-        ledger.record(done)
-        packed.append(done)
+    with closing(run_tasks(keep_or_pack, _tasks(config, source, ledger), config.workers)) as results:
+        for done in _follow(results, len(source)):
+            ledger.record(done)
+            packed.append(done)
     return sorted(packed, key=lambda done: done.shard.name)
 
 
@@ -155,8 +189,9 @@ def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: 
     """Write the list of rejected images, refuse if there are too many, then write the manifest."""
     output = Path(config.output)
     rejected = _rejected(source, packed)
-    if rejected:
-        write_atomically(output / REJECTED_NAME, _csv(rejected))
+    listed = encode_rejected(rejected) if rejected else b""
+    if listed:
+        write_atomically(output / REJECTED_NAME, listed)
     if len(rejected) > config.max_rejected:
         raise ValueError(
             f"shard.max_rejected: {len(rejected)} images are rejected, {config.max_rejected} may be "
@@ -174,6 +209,8 @@ def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: 
         max_height=max(done.max_height for done in packed),
         max_width=max(done.max_width for done in packed),
         treatments=dict(sorted(sum((Counter(done.treatments) for done in packed), Counter()).items())),
+        rejected=len(rejected),
+        rejected_sha256=hashlib.sha256(listed).hexdigest() if listed else "",
         shards=shards,
         source=str(Path(config.source).resolve()),
         options=plan,
@@ -182,14 +219,8 @@ def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: 
     return manifest
 
 
-def _rejected(source: Source, packed: list[PackedShard]) -> list[tuple[str, str]]:
-    return sorted([*source.rejected, *(pair for done in packed for pair in done.rejected)])
-
-
-def _csv(rejected: list[tuple[str, str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *rejected])
-    return text.getvalue().encode("utf-8", "backslashreplace")  # names may be no UTF-8
+def _rejected(source: Source, packed: list[PackedShard]) -> list[Rejected]:
+    return [*source.rejected, *(pair for done in packed for pair in done.rejected)]
 
 
 def _table(manifest: Manifest, source: Source, packed: list[PackedShard], seconds: float) -> str:
@@ -200,7 +231,7 @@ def _table(manifest: Manifest, source: Source, packed: list[PackedShard], second
         "samples": manifest.samples,
         **{f"  {treatment}": count for treatment, count in manifest.treatments.items()},
         "rejected": f"{len(rejected)} (see {REJECTED_NAME})" if rejected else 0,
-        **{f"  {reason}": count for reason, count in _counted(rejected)},
+        **{f"  {reason}": count for reason, count in count_reasons(rejected)},
         **({"of a name twice": f"{source.duplicates} (the last counts)"} if source.duplicates else {}),
         "shards": len(manifest.shards),
         "megabytes": f"{manifest.bytes / 1e6:.1f}",
@@ -212,13 +243,5 @@ def _table(manifest: Manifest, source: Source, packed: list[PackedShard], second
     return table.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _counted(rejected: list[tuple[str, str]]) -> list[tuple[str, int]]:
-    """Return (reason, count), most frequent first; reasons that differ in numbers and names only are one."""
-    counts = Counter(re.sub(r"\d+", "N", re.split(r"[:(;]| to |=", reason)[0]).strip() for _, reason in rejected)
-    shown = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    others = sum(count for _, count in shown[_REASONS_SHOWN:])
-    return shown[:_REASONS_SHOWN] + ([("other reasons", others)] if others else [])
-
-
-def _reasons(rejected: list[tuple[str, str]]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in _counted(rejected)[:3])
+def _reasons(rejected: list[Rejected]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejected)[:3])

@@ -1,8 +1,9 @@
 """Command: derive everything a manifest says from the tars themselves, and compare."""
 
-import csv
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from tqdm import tqdm
 
 from data.ledger import LEDGER_NAME
 from data.manifest import MANIFEST_NAME, Manifest, index_path
-from data.shard import REJECTED_NAME
+from data.rejected import REJECTED_NAME, count_rejected
 from data.shuffle_quality import LEAST_QUALITY, ShuffleQuality, measure
 from data.verify_shard import ShardCheck, ShardReport, check_shard
 from data.workers import run_tasks
+
+_REMEDY = "; delete the damaged files, and the `coldpress shard` command of this set writes them again"
 
 
 class VerificationError(Exception):
@@ -44,14 +47,13 @@ def run(config: VerifyConfig) -> None:
     """
     directory = Path(config.shards)
     manifest = _load(directory)
-    reports = sorted(_reports(directory, manifest, config), key=lambda report: report.name)
+    reports = _reports(directory, manifest, config)
     findings = [*_shard_findings(reports), *_total_findings(manifest, reports), *_key_findings(reports)]
-    findings += _stray_findings(directory, manifest)
-    rejected = _count_rejected(directory, findings)
+    findings += [*_rejected_findings(directory, manifest), *_stray_findings(directory, manifest)]
     quality = measure(*(np.concatenate([getattr(r, name) for r in reports]) for name in ("labels", "folders")))
-    print(_table(directory, manifest, reports, quality, {"rejected": rejected, "findings": len(findings)}))
+    print(_table(directory, manifest, reports, quality, len(findings)))
     if findings:
-        raise _failure(directory, findings)
+        raise _failure(directory, findings, _REMEDY)
     if quality.score < LEAST_QUALITY:
         print(_shuffle_warning(directory, quality))
     print(f"verified: {manifest.samples} samples in {len(manifest.shards)} shards agree with {MANIFEST_NAME}")
@@ -70,18 +72,23 @@ def _load(directory: Path) -> Manifest:
     return manifest
 
 
-def _failure(directory: Path, findings: list[str]) -> VerificationError:
+def _failure(directory: Path, findings: list[str], remedy: str = "") -> VerificationError:
     listed = "\n".join(f"  {finding}" for finding in findings)
-    return VerificationError(f"verify.shards: {directory} has {len(findings)} finding(s):\n{listed}")
+    return VerificationError(f"verify.shards: {directory} has {len(findings)} finding(s){remedy}:\n{listed}")
 
 
-def _reports(directory: Path, manifest: Manifest, config: VerifyConfig) -> Iterator[ShardReport]:
+def _reports(directory: Path, manifest: Manifest, config: VerifyConfig) -> list[ShardReport]:
     classes = len(manifest.classes)
     checks = [ShardCheck(str(directory / shard.name), shard, classes, config.deep) for shard in manifest.shards]
-    with tqdm(total=manifest.samples, unit="sample", disable=None) as bar:
-        for report in run_tasks(check_shard, checks, config.workers):
+    reports = []
+    with (
+        closing(run_tasks(check_shard, checks, config.workers)) as results,
+        tqdm(total=manifest.samples, unit="sample", disable=None) as bar,
+    ):
+        for report in results:
             bar.update(report.samples)
-            yield report
+            reports.append(report)
+    return sorted(reports, key=lambda report: report.name)
 
 
 def _shard_findings(reports: list[ShardReport]) -> Iterator[str]:
@@ -93,12 +100,10 @@ def _shard_findings(reports: list[ShardReport]) -> Iterator[str]:
 
 def _total_findings(manifest: Manifest, reports: list[ShardReport]) -> Iterator[str]:
     """Yield totals that are not those of the shards."""
-    seen = {
-        "samples": sum(report.samples for report in reports),
-        "bytes": sum(report.bytes for report in reports),
-        "max_height": max((report.max_height for report in reports), default=0),
-        "max_width": max((report.max_width for report in reports), default=0),
-    }
+    # What a shard holds is compared with its own record; a shard in pieces need not be told of here once more.
+    seen = {name: sum(getattr(shard, name) for shard in manifest.shards) for name in ("samples", "bytes")}
+    if all(report.whole for report in reports):
+        seen |= {name: max(getattr(report, name) for report in reports) for name in ("max_height", "max_width")}
     for name, value in seen.items():
         if value != getattr(manifest, name):
             yield f"{MANIFEST_NAME}: {getattr(manifest, name)} {name}, the shards hold {value}"
@@ -120,20 +125,18 @@ def _key_findings(reports: list[ShardReport]) -> Iterator[str]:
         yield f"{reports[places[at]].name}: key {keys[at]:09d} occurs twice"
 
 
-def _count_rejected(directory: Path, findings: list[str]) -> int:
-    """Count the rows of the list of rejected images; add what is wrong with it."""
+def _rejected_findings(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield where the list of rejected images is not the manifest's."""
     path = directory / REJECTED_NAME
     if not path.is_file():
-        return 0
-    try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = list(csv.reader(file))
-    except (csv.Error, OSError) as error:
-        findings.append(f"{REJECTED_NAME}: not a list of rejected images ({error})")
-        return 0
-    if rows[:1] != [["path", "reason"]] or any(len(row) != 2 for row in rows):
-        findings.append(f"{REJECTED_NAME}: not rows of path and reason")
-    return max(0, len(rows) - 1)
+        if manifest.rejected:
+            yield f"{REJECTED_NAME}: missing, there were {manifest.rejected} rejected images"
+    elif not manifest.rejected:
+        yield f"{REJECTED_NAME}: not in the manifest"
+    elif hashlib.sha256(content := path.read_bytes()).hexdigest() != manifest.rejected_sha256:
+        yield f"{REJECTED_NAME}: SHA-256 is not the manifest's"
+    elif (rows := count_rejected(content)) != manifest.rejected:
+        yield f"{MANIFEST_NAME}: {manifest.rejected} rejected, {REJECTED_NAME} lists {rows}"
 
 
 def _stray_findings(directory: Path, manifest: Manifest) -> Iterator[str]:
@@ -155,7 +158,7 @@ def _shuffle_warning(directory: Path, quality: ShuffleQuality) -> str:
 
 
 def _table(
-    directory: Path, manifest: Manifest, reports: list[ShardReport], quality: ShuffleQuality, counts: dict[str, int]
+    directory: Path, manifest: Manifest, reports: list[ShardReport], quality: ShuffleQuality, findings: int
 ) -> str:
     runs = f" (class runs of {quality.run:.2f}, {quality.random_run:.2f} if random)" if manifest.classes else ""
     rows = {
@@ -167,6 +170,7 @@ def _table(
         "largest": f"{max(r.max_width for r in reports)} wide, {max(r.max_height for r in reports)} high",
         "fingerprint": manifest.fingerprint[:16],
         "shuffle": f"{quality.score:.2f}{runs}",
-        **counts,
+        "rejected": manifest.rejected,
+        "findings": findings,
     }
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())

@@ -49,10 +49,11 @@ class ShardReport:
     folders: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     findings: list[str] = field(default_factory=list)
     more: int = 0
+    whole: bool = False  # read to the end of its last sample
 
-    def find(self, finding: str) -> None:
+    def find(self, finding: str, file: str = "") -> None:
         if len(self.findings) < MOST_FINDINGS:
-            self.findings.append(f"{self.name}: {finding}")
+            self.findings.append(f"{file or self.name}: {finding}")
         else:
             self.more += 1
 
@@ -74,17 +75,17 @@ def check_shard(check: ShardCheck) -> ShardReport:
     try:
         rows = _check_tar(tar, check, report)
     except FileNotFoundError:
-        report.find(f"{tar.name} is missing")
+        report.find("missing")
         rows = None
     except OSError as error:
-        report.find(f"{tar.name} cannot be read ({error.strerror})")
+        report.find(f"cannot be read ({error.strerror})")
         rows = None
     try:
         _check_index(index_path(tar), check.shard, rows, report)
     except FileNotFoundError:
-        report.find(f"{index_path(tar).name} is missing")
+        report.find("missing", index_path(tar).name)
     except OSError as error:
-        report.find(f"{index_path(tar).name} cannot be read ({error.strerror})")
+        report.find(f"cannot be read ({error.strerror})", index_path(tar).name)
     return report
 
 
@@ -101,21 +102,20 @@ def _check_tar(tar: Path, check: ShardCheck, report: ShardReport) -> list[str] |
         report.find(f"{report.bytes} bytes, the manifest says {check.shard.bytes}")
     rows: list[str] = []
     facts: list[Facts] = []
-    whole = True
     with tar.open("rb", buffering=2**20) as file:
         archive = HashedTar(file, report.bytes)
         try:
             for key, members in groupby(archive.members(), key=lambda member: member.name.partition(".")[0]):
                 _check_sample(key, list(members), check, rows, facts, report)
+            report.whole = True
         except TarDamageError as damage:
             report.find(f"not a readable tar: {damage}")
-            whole = False
         if archive.sha256() != check.shard.sha256:
-            report.find(f"SHA-256 of {tar.name} is not the manifest's")
+            report.find("SHA-256 is not the manifest's")
     _summarize(facts, report)
     if report.samples != check.shard.samples:
         report.find(f"{report.samples} samples, the manifest says {check.shard.samples}")
-    return rows if whole else None
+    return rows if report.whole else None
 
 
 def _check_sample(
@@ -192,7 +192,7 @@ def _summarize(facts: list[Facts], report: ShardReport) -> None:
 def _check_index(path: Path, shard: Shard, rows: list[str] | None, report: ShardReport) -> None:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard.index_sha256:
-        report.find(f"SHA-256 of {path.name} is not the manifest's")
+        report.find("SHA-256 is not the manifest's", path.name)
     if rows is not None:
         _compare_index(path.name, content, [f"{INDEX_VERSION} {len(rows)}", *rows], report)
 
@@ -202,9 +202,9 @@ def _compare_index(name: str, content: bytes, expected: list[str], report: Shard
     lines = content.decode("ascii", "replace").splitlines()
     differing = list(_differing(lines, expected))
     if len(lines) != len(expected):
-        report.find(f"{name} has {len(lines)} lines, the tar asks for {len(expected)}")
+        report.find(f"{len(lines)} lines, the tar asks for {len(expected)}", name)
     if differing:
-        report.find(f"{name} differs from the tar in {len(differing)} lines, the first is {differing[0] + 1}")
+        report.find(f"differs from the tar in {len(differing)} lines, the first is {differing[0] + 1}", name)
 
 
 def _differing(lines: list[str], expected: list[str]) -> Iterator[int]:

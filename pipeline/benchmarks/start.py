@@ -60,6 +60,8 @@ def draw_set(directory: Path, shards: int, samples: int) -> None:
         max_height=1000,
         max_width=1000,
         treatments={"kept": samples},
+        rejected=0,
+        rejected_sha256="",
         shards=tuple(records),
         source="drawn",
         options={},

@@ -21,10 +21,10 @@ import webdataset
 from PIL import Image
 
 from data import pack
-from data import shard as shard_module
 from data.ledger import LEDGER_NAME, Ledger
 from data.manifest import MANIFEST_NAME, Manifest
-from data.shard import REJECTED_NAME, ShardConfig, run
+from data.rejected import REJECTED_NAME, count_reasons
+from data.shard import ShardConfig, run
 from data.sources import scan
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,9 @@ def test_a_finished_output_of_another_plan_is_refused(drawn_folder, drawn_shards
 
 
 def test_another_source_into_a_finished_output_is_refused(damaged, drawn_shards):
-    with pytest.raises(ValueError, match=r"another source \(source_fingerprint="):
+    with pytest.raises(
+        ValueError, match=r"another source \(source_fingerprint: not the names, labels, sizes and times"
+    ):
         run(ShardConfig(str(damaged), str(drawn_shards), samples_per_shard=10, workers=1))
 
 
@@ -491,7 +493,7 @@ def test_files_too_large_for_memory_are_rejected_unread(drawn_folder, tmp_path):
 
 def test_many_reasons_are_summed_up():
     rejected = [(str(n), f"width {n} (at {n})") for n in range(5)] + [(str(n), "x" * n) for n in range(1, 40)]
-    counted = shard_module._counted(rejected)
+    counted = count_reasons(rejected)
     assert counted[0] == ("width N", 5)
     assert counted[-1] == ("other reasons", 39 - 11)
     assert sum(count for _, count in counted) == len(rejected)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data.manifest import MANIFEST_NAME, Manifest
-from data.verify import VerificationError, VerifyConfig, run
+from data.rejected import REJECTED_NAME, encode_rejected
+from data.verify import VerificationError, VerifyConfig, _rejected_findings, run
 from data.verify_shard import MOST_FINDINGS, ShardCheck, check_shard
 
 
@@ -64,7 +65,7 @@ def test_an_unfinished_set_is_refused(tmp_path):
 
 def test_a_flipped_bit_is_found(shards):
     overwrite_member(shards / "train-000003.tar", "000000035.jpg", b"\xfe")
-    assert "train-000003.tar: SHA-256 of train-000003.tar is not the manifest's" in findings(shards)
+    assert "train-000003.tar: SHA-256 is not the manifest's" in findings(shards)
 
 
 def test_a_cut_tar_is_found(shards):
@@ -73,29 +74,29 @@ def test_a_cut_tar_is_found(shards):
     text = findings(shards)
     assert "train-000001.tar: 9000 bytes, the manifest says" in text
     assert "train-000001.tar: not a readable tar" in text
-    assert "manifest.json: 48 samples, the shards hold" in text
+    assert "manifest.json" not in text.partition("\n")[2]  # its totals are right; the shard is what is wrong
 
 
 @pytest.mark.parametrize("victim", ["train-000002.tar", "train-000002.idx"])
 def test_a_missing_file_is_found(shards, victim):
     (shards / victim).unlink()
-    assert f"train-000002.tar: {victim} is missing" in findings(shards)
+    text = findings(shards)
+    assert text.splitlines()[1:] == [f"  {victim}: missing"]
+    assert "1 finding(s); delete the damaged files, and the `coldpress shard` command of this set writes" in text
 
 
 def test_a_shifted_offset_is_found_whatever_the_checksums_say(shards):
     index = shards / "train-000000.idx"
     index.write_text(index.read_text().replace("cls 512 ", "cls 1024 "))
     forge(shards)
-    assert findings(shards).endswith(
-        "train-000000.tar: train-000000.idx differs from the tar in 1 lines, the first is 2"
-    )
+    assert findings(shards).endswith("train-000000.idx: differs from the tar in 1 lines, the first is 2")
 
 
 def test_a_short_index_is_found(shards):
     index = shards / "train-000000.idx"
     index.write_text("\n".join(index.read_text().splitlines()[:-1]) + "\n")
     forge(shards)
-    assert "train-000000.idx has 10 lines, the tar asks for 11" in findings(shards)
+    assert "train-000000.idx: 10 lines, the tar asks for 11" in findings(shards)
 
 
 def test_a_label_without_a_class_is_found(shards):
@@ -269,14 +270,14 @@ def test_headers_that_ask_for_more_are_not_followed(shards, block, reason):
 def test_a_folder_in_the_place_of_a_shard_is_found(shards):
     (shards / "train-000002.tar").unlink()
     (shards / "train-000002.tar").mkdir()
-    assert "train-000002.tar: train-000002.tar cannot be read (Is a directory)" in findings(shards)
+    assert "train-000002.tar: cannot be read (Is a directory)" in findings(shards)
 
 
 def test_the_index_of_another_tar_is_found(shards):
     shutil.copy(shards / "train-000001.idx", shards / "train-000002.idx")
     text = findings(shards)
-    assert "SHA-256 of train-000002.idx is not the manifest's" in text
-    assert "train-000002.idx differs from the tar in 10 lines, the first is 2" in text
+    assert "train-000002.idx: SHA-256 is not the manifest's" in text
+    assert "train-000002.idx: differs from the tar in 10 lines, the first is 2" in text
 
 
 @pytest.mark.parametrize(
@@ -315,13 +316,42 @@ def test_largest_sides_and_treatments_are_compared(shards):
     assert "manifest.json: treatments of 47 samples, there are 48" in text
 
 
-def test_rejected_images_are_counted(shards, capsys):
-    (shards / "rejected.csv").write_text("path,reason\nother.jpg,empty file\n")
-    run(VerifyConfig(str(shards), workers=1))
-    assert "rejected    1" in capsys.readouterr().out.splitlines()
-    for damaged in ("", "path;reason\n", "path,reason\nother.jpg\n"):
-        (shards / "rejected.csv").write_text(damaged)
-        assert "rejected.csv: not rows of path and reason" in findings(shards)
+@pytest.fixture
+def with_rejected(shards) -> Path:
+    """Return a set beside which lies a list of two rejected images, a name with line ends among them."""
+    listed = encode_rejected([("z.jpg", "empty file"), ("a\n.jpg", "truncated")])
+    (shards / REJECTED_NAME).write_bytes(listed)
+    edit_manifest(shards, rejected=2, rejected_sha256=hashlib.sha256(listed).hexdigest())
+    return shards
+
+
+def test_rejected_images_are_counted(with_rejected, capsys):
+    run(VerifyConfig(str(with_rejected), workers=1))
+    assert "rejected    2" in capsys.readouterr().out.splitlines()
+    edit_manifest(with_rejected, rejected=3)
+    assert "manifest.json: 3 rejected, rejected.csv lists 2" in findings(with_rejected)
+
+
+def test_every_change_of_the_list_of_rejected_images_is_found(with_rejected):
+    path = with_rejected / REJECTED_NAME
+    content = path.read_bytes()
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert _only_finding(with_rejected) == "rejected.csv: SHA-256 is not the manifest's"
+    path.write_bytes(content + b"b.jpg,truncated\n")
+    assert _only_finding(with_rejected) == "rejected.csv: SHA-256 is not the manifest's"
+    path.unlink()
+    assert _only_finding(with_rejected) == "rejected.csv: missing, there were 2 rejected images"
+
+
+def test_a_list_of_rejected_images_that_no_one_listed_is_found(shards):
+    (shards / REJECTED_NAME).write_bytes(encode_rejected([("z.jpg", "empty file")]))
+    assert "rejected.csv: not in the manifest" in findings(shards)
+
+
+def _only_finding(shards: Path) -> str:
+    (finding,) = _rejected_findings(shards, Manifest.load(shards))
+    return finding
 
 
 def test_a_broken_shard_does_not_fill_the_screen(shards):
