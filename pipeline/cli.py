@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+# Only what Python starts with anyway: from `main` on, Ctrl-C is one sentence, also while the rest is imported.
 import errno
 import importlib
 import logging
 import os
+import select
+import signal
 import sys
+import time
+from types import FrameType
 from typing import Any
-
-from data.verify import VerificationError
-from pipeline import compose
-from pipeline.preemption import ProcessFailedError
 
 # command -> the module that runs it, and what it does.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -25,13 +26,68 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 # Commands that keep the user's own words beside what they produce.
 KEEPS_OVERRIDES = {"train"}
+# Commands that go on where they were interrupted, and commands that leave at the first Ctrl-C, at once.
+GOES_ON = {"shard", "train"}
+LEAVES_AT_ONCE = {"shard", "verify"}
 
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+REFUSED, FAILED, INTERRUPTED, UNHEARD = 2, 1, 130, 141
+_REMEDIES = {
+    errno.ENOSPC: "free some space or write elsewhere",
+    errno.EDQUOT: "free some space or write elsewhere",
+    errno.EROFS: "write elsewhere",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EIO: "check the disk, or copy it from elsewhere",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 a check failed, 2 a refusal of what was asked, 75 saved and stopped."""
-    sys.exit(dispatch(sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    # A job in the background has it ignored, and that stays so.
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible and LEAVES_AT_ONCE.intersection(words[:1]):
+        signal.signal(signal.SIGINT, _Interrupt())
+    try:
+        code = dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_listens():
+            raise
+        code = UNHEARD
+    _leave_in_peace()
+    sys.exit(code)
+
+
+def _nobody_listens() -> bool:
+    """Tell whether it was `| head` that closed its pipe; what is still to be printed goes nowhere then."""
+    out = select.poll()
+    out.register(sys.stdout.fileno(), 0)
+    closed = bool(out.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
+class _Interrupt:
+    """Handle Ctrl-C; a second one soon after must not disturb the leaving, a later one helps where that hangs."""
+
+    SOON = 3.0  # seconds
+
+    def __init__(self) -> None:
+        self._last = -self.SOON
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last > self.SOON:
+            self._last = now
+            raise KeyboardInterrupt
+
+
+def _leave_in_peace() -> None:
+    # Python's own end would give Ctrl-C back its deadly meaning, and the exit code would be another.
+    if isinstance(signal.getsignal(signal.SIGINT), _Interrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -45,20 +101,31 @@ def dispatch(arguments: list[str]) -> int:
         return _run(command, overrides)
     except ValueError as error:
         return _refuse(REFUSED, error)
-    except VerificationError as error:
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from here" if command in GOES_ON else ""
+        return _refuse(INTERRUPTED, f"interrupted{goes_on}.")
+    except Exception as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Say what can be said in a sentence; raise all else as it was."""
+    from data.verify import VerificationError
+    from pipeline.preemption import ProcessFailedError
+
+    if isinstance(error, VerificationError):
         return _refuse(FAILED, error)
-    except ProcessFailedError as error:
+    if isinstance(error, ProcessFailedError):
         print(f"coldpress: {error}", file=sys.stderr)  # whichever process it is: perhaps no other one knows
         return FAILED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        return _refuse(FAILED, f"{error.filename or 'output'}: {error.strerror}; free some space or write elsewhere.")
-    except KeyboardInterrupt:
-        return _refuse(INTERRUPTED, "interrupted; the same command goes on from here.")
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return _refuse(FAILED, f"{error.filename or 'output'}: {error.strerror}; {_REMEDIES[error.errno]}.")
+    raise error
 
 
 def _run(command: str, overrides: list[str]) -> int:
+    from pipeline import compose
+
     if command not in COMMANDS:
         raise ValueError(f"{command} is not a command; choose from {', '.join(COMMANDS)}.")
     if any(word in ("-h", "--help") for word in overrides):
@@ -94,6 +161,8 @@ def _usage() -> str:
 
 
 def _help(command: str, overrides: list[str]) -> str:
+    from pipeline import compose
+
     groups = [f"  {name}={'|'.join(options)}" for name, options in compose.groups_of(command).items()]
     lines = [f"usage: coldpress {command} [key=value ...]", "", COMMANDS[command][1], ""]
     if groups:
