@@ -25,7 +25,7 @@ from data.pack import PackedShard, ShardTask, keep_or_pack
 from data.publishing import write_atomically
 from data.rejected import REJECTED_NAME, Rejected, count_reasons, encode_rejected
 from data.repair import Repair, damaged_files
-from data.sources import Source, scan
+from data.sources import Source, describe, scan
 from data.workers import run_tasks
 
 SAMPLES_PER_SHARD = 1000
@@ -57,6 +57,11 @@ class ShardConfig:
     max_aspect_ratio: float = ImagePolicy.max_aspect_ratio
 
     def __post_init__(self) -> None:
+        for name in ("source", "output"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"shard.{name}: is empty, maybe an unset shell variable; give a path (. for this folder)."
+                )
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.prefix):
             raise ValueError(f"shard.prefix: must be 1 to 40 letters, digits, - or _, not {self.prefix!r}; try train.")
         for name in ("samples_per_shard", "bytes_per_shard", "seed", "workers", "max_rejected"):
@@ -80,6 +85,7 @@ def run(config: ShardConfig) -> None:
     Raises ValueError for a source or output that cannot be used, and for too many rejected images.
     """
     started = time.monotonic()
+    _refuse_output_in_source(config)
     source, output = scan(Path(config.source), config.labels, config.classes), Path(config.output)
     plan = _plan(config, source)
     manifest = _finished(output, plan)
@@ -90,6 +96,15 @@ def run(config: ShardConfig) -> None:
         print(said)
     else:
         print(_done_already(output, manifest))
+
+
+def _refuse_output_in_source(config: ShardConfig) -> None:
+    """Raise ValueError where the next scan would find this command's output among the images."""
+    source, output = Path(config.source).resolve(), Path(config.output).resolve()
+    if source.is_dir() and output.is_relative_to(source):
+        raise ValueError(
+            f"shard.output: {config.output} lies in the source {config.source}; choose a folder beside it."
+        )
 
 
 def _write(config: ShardConfig, source: Source, ledger: Ledger, started: float) -> str:
@@ -232,7 +247,7 @@ def _table(manifest: Manifest, source: Source, packed: list[PackedShard], second
         **{f"  {treatment}": count for treatment, count in manifest.treatments.items()},
         "rejected": f"{len(rejected)} (see {REJECTED_NAME})" if rejected else 0,
         **{f"  {reason}": count for reason, count in count_reasons(rejected)},
-        **({"of a name twice": f"{source.duplicates} (the last counts)"} if source.duplicates else {}),
+        "ignored": describe(source.ignored) if source.ignored else 0,
         "shards": len(manifest.shards),
         "megabytes": f"{manifest.bytes / 1e6:.1f}",
         "seconds": f"{seconds:.1f}",

@@ -5,9 +5,8 @@ that any process can read any image at random without unpacking anything.
 """
 
 import hashlib
-import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,54 +14,47 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.order import hashed
-from data.sources.classes import ClassIds, folder_classes, read_class_list
-from data.sources.entries import REMEDY, Entry, Refused, is_hidden, is_image
-from data.sources.folder import scan_folder
+from data.sources.classes import ClassIds, Layout, folder_classes, read_class_list
+from data.sources.entries import OTHER_CLASSES, REMEDY, Entry, Found, Refused
+from data.sources.kinds import Listing, list_source
 from data.sources.labels import LabelFile
-from data.sources.lists import LIST_SUFFIXES, scan_list
+from data.sources.lists import LIST_SUFFIXES
 from data.sources.table import SourceImage, SourceSlice, Table
-from data.sources.tars import scan_class_tars, scan_tar
-from data.sources.webdataset import classes_of, is_shard, scan_shards
 
+__all__ = ["Listing", "Source", "describe", "scan"]
+
+_GROUPS_SHOWN = 8
 _BLOCK = 1 << 20  # samples whose places are drawn at once
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What lies at a source's path: its entries, and what its kind says about classes.
-
-    root: the folder that paths are relative to. named: entries bring their labels, else folders are classes.
-    classes: all classes in their order, where the source knows it.
-    """
-
-    entries: Iterator[Entry]
-    root: Path
-    named: bool = False
-    classes: tuple[str, ...] | None = None
 
 
 class Source:
     """All images of a source, each name once, in an order of their names' hashes; iterating gives SourceImages.
 
     classes: names, class ids are positions in them (none: unlabelled). rejected: (path, reason) of what a scan
-    can tell to be no image. duplicates: how many images were left out for a later one of the same name.
+    can tell to be no image, and of images of which a later one has the name. ignored: how many files of each group
+    do not claim to be images, or are not wanted. Samples, rejected and ignored together are all that was seen.
     fingerprint: identifies names, labels, extents and modification times, not the source's place.
     """
 
     def __init__(self, listing: Listing, labels: LabelFile | None, wanted: frozenset[str]) -> None:
-        """Raises ValueError for unlabelled images among labelled ones and for wanted classes that are not there."""
-        self._table = Table(str(listing.root))
-        rejected = _fill(self._table, listing.entries)
-        rows = _canonical(self._table)
-        self.duplicates = len(self._table) - len(rows)
+        """Raises ValueError for unlabelled images among labelled ones and for one image of two classes."""
+        self._table, self.ignored = Table(str(listing.root)), Counter[str]()
+        refused, layout = _fill(self._table, listing.entries, self.ignored)
+        # Names are hashed without the folders before the classes, so that a folder and a tar of it agree.
+        if layout.leading:
+            self._table.rename_keys(layout.leading)
+        rows, superseded = _canonical(self._table)
         ids = ClassIds(wanted)
-        content = _add_labels(ids, self._table, _labels(self._table, listing, labels, wanted))
-        del self._table.given[:]
-        known = None if labels else listing.classes
-        self.classes, self._labels = ids.ordered(known, numbered=listing.named or labels is not None)
-        self.fingerprint = hashlib.sha256(f"{content} {self.classes}".encode("utf-8", "backslashreplace")).hexdigest()
-        self.rejected = sorted(r for r in rejected if not wanted or not wanted.isdisjoint(r[0].split("/")))
+        content = _add_labels(ids, self._table, _labels(self._table, listing, layout, labels, wanted))
+        self.classes, self._labels = ids.ordered(None if labels else listing.classes)
+        identity = f"{content} {self.classes} {layout.leading}"
+        self.fingerprint = hashlib.sha256(identity.encode("utf-8", "backslashreplace")).hexdigest()
         self._rows = rows[self._labels[rows] >= 0] if wanted else rows
+        kept = [each for each in refused if _is_wanted(each, listing, labels, wanted)]
+        self.rejected = sorted([*((each.path, each.reason) for each in kept), *self._duplicates(superseded, wanted)])
+        del self._table.given[:]
+        self.ignored[f"images {OTHER_CLASSES}"] += len(rows) - len(self._rows) + len(refused) - len(kept)
+        self.ignored = +self.ignored
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,6 +81,24 @@ class Source:
         """Return the images of some rows, in that order."""
         return self._table.take(rows, self._labels)
 
+    def _duplicates(self, superseded: list[tuple[int, int]], wanted: frozenset[str]) -> Iterator[tuple[str, str]]:
+        """Yield (path, reason) of rows that a later one of their name replaces; count those that say the same twice."""
+        for row, later in superseded:
+            if self._table.are_one_extent(row, later):
+                self._refuse_two_classes(row, later)
+                self.ignored["listed again"] += 1
+            elif wanted and self._labels[row] < 0:
+                self.ignored[f"images {OTHER_CLASSES}"] += 1
+            else:
+                yield self._table.name(row), "a duplicate: a later one of its name counts"
+
+    def _refuse_two_classes(self, row: int, other: int) -> None:
+        labels = [self._table.given_label(each) or "none" for each in (row, other)]
+        if labels[0] != labels[1]:
+            raise ValueError(
+                f"shard.source: {self._table.name(row)} has two classes, {labels[0]} and {labels[1]}; keep one of them."
+            )
+
     def unlabelled(self) -> str | None:
         """Return the name of an image without a class, None if there is none."""
         rows = self._rows[self._labels[self._rows] < 0]
@@ -103,13 +113,14 @@ def scan(path: Path, labels: str = "", classes: str = "") -> Source:
     """
     wanted = read_class_list(classes)
     label_file = LabelFile(Path(labels)) if labels else None
-    # Folders named by classes tell nothing where a file says the classes.
-    listing = _list(path, frozenset() if labels else wanted)
     try:
+        # Folders named by classes tell nothing where a file says the classes.
+        listing = list_source(path, frozenset() if labels else wanted, bool(labels))
         source = Source(listing, label_file, wanted)
     except OSError as error:
         raise ValueError(
-            f"shard.source: cannot list {path} ({error.strerror}: {error.filename or 'TMPDIR'})."
+            f"shard.source: cannot list {path} ({error.strerror}: {error.filename or 'TMPDIR'}); mend that and run the "
+            "same command again."
         ) from None
     _refuse_unusable(source, path, wanted)
     return source
@@ -123,60 +134,59 @@ def _refuse_unusable(source: Source, path: Path, wanted: frozenset[str]) -> None
             f"{', ...' if len(missing) > 5 else ''}; take them off the list or give the source that has them."
         )
     if not len(source) and not source.rejected:
-        raise ValueError(f"shard.source: no image in {path}; {REMEDY}.")
+        seen = f" (ignored {describe(source.ignored)})" if source.ignored else ""
+        raise ValueError(f"shard.source: no image in {path}{seen}; {REMEDY}.")
     unlabelled = source.unlabelled()
     if source.classes and unlabelled is not None:
-        raise ValueError(f"shard.source: {path} has images with a class and images without ({unlabelled}); {REMEDY}.")
+        remedy = "give every row of the list a label, or none" if path.suffix.lower() in LIST_SUFFIXES else REMEDY
+        raise ValueError(f"shard.source: {path} has images with a class and images without ({unlabelled}); {remedy}.")
 
 
-def _list(path: Path, wanted: frozenset[str]) -> Listing:
-    """Choose the reader of a source by what lies at its path."""
-    if path.is_dir():
-        return _list_folder(path, wanted)
-    if not path.is_file():
-        raise ValueError(f"shard.source: no such file or folder {path}; {REMEDY}.")
-    if path.suffix.lower() in LIST_SUFFIXES:
-        return Listing(scan_list(path), path.parent, named=True)
-    if is_shard(path):
-        return Listing(scan_shards([path], None), path.parent, named=True)
-    return Listing(scan_tar(path, wanted), path.parent)
+def describe(ignored: Counter[str]) -> str:
+    """Return a count of ignored files and, largest first, its groups: ``5 (.txt 3, .avif 2)``."""
+    groups = sorted(ignored.items(), key=lambda group: (-group[1], group[0]))
+    named = [f"{group} {count}" for group, count in groups[:_GROUPS_SHOWN]]
+    others = sum(count for _, count in groups[_GROUPS_SHOWN:])
+    return f"{ignored.total()} ({', '.join([*named, f'others {others}'] if others else named)})"
 
 
-def _list_folder(path: Path, wanted: frozenset[str]) -> Listing:
-    with os.scandir(path) as found:
-        entries = sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
-    tars = [Path(entry.path) for entry in entries if entry.name.endswith(".tar")]
-    if not tars:
-        return Listing(scan_folder(path, wanted), path)
-    others = [entry.name for entry in entries if entry.is_dir() or is_image(entry.name)]
-    if others:
-        raise ValueError(f"shard.source: {path} holds tars and, beside them, {others[0]}; {REMEDY}.")
-    if is_shard(tars[0]):
-        classes = classes_of(path)
-        return Listing(scan_shards(tars, classes), path, named=True, classes=classes)
-    return Listing(scan_class_tars(tars, wanted), path)
-
-
-def _fill(table: Table, entries: Iterable[Entry]) -> list[tuple[str, str]]:
-    """Add all images to the table; return what was refused."""
-    refused = []
+def _fill(table: Table, entries: Iterable[Entry], ignored: Counter[str]) -> tuple[list[Refused], Layout]:
+    """Add all images to the table; count what is ignored; return what was refused and how the images' names look."""
+    refused, layout = [], Layout()
     for entry in tqdm(entries, desc="listing", unit=" images", disable=None):
-        if isinstance(entry, Refused):
-            refused.append((entry.path, entry.reason))
-        else:
+        if isinstance(entry, Found):
             table.add(entry)
+            layout.add(entry.path)
+        elif isinstance(entry, Refused):
+            refused.append(entry)
+        else:
+            ignored[entry.group] += 1
     table.close()
-    return refused
+    return refused, layout
 
 
-def _labels(table: Table, listing: Listing, labels: LabelFile | None, wanted: frozenset[str]) -> Iterator[str | None]:
+def _is_wanted(refused: Refused, listing: Listing, labels: LabelFile | None, wanted: frozenset[str]) -> bool:
+    """Tell whether something refused could have been an image of a wanted class; of an unknown class it could."""
+    if not wanted:
+        return True
+    if not labels and not listing.named:
+        return not wanted.isdisjoint(refused.path.split("/"))
+    label = labels.find(refused.path) if labels else refused.label
+    return label is None or label in wanted
+
+
+def _labels(
+    table: Table, listing: Listing, layout: Layout, labels: LabelFile | None, wanted: frozenset[str]
+) -> Iterator[str | None]:
     """Yield the class name of every row."""
     if labels is not None:
-        return labels.labels(table.names())
+        yield from labels.labels(table.names())
+        return
     if listing.named:
-        return (table.label_names[given] if given >= 0 else None for given in table.given)
+        yield from (table.label_names[given] if given >= 0 else None for given in table.given)
+        return
     try:
-        return folder_classes(table.names, wanted)
+        yield from folder_classes(table.names(), layout, wanted)
     except ValueError as error:
         raise ValueError(f"shard.source: {listing.root} {error}; {REMEDY}.") from None
 
@@ -191,13 +201,16 @@ def _add_labels(ids: ClassIds, table: Table, labels: Iterator[str | None]) -> st
     return f"{total % (1 << 128):032x}"
 
 
-def _canonical(table: Table) -> NDArray[np.uint32]:
-    """Return the rows in the order of their names' hashes; of rows of one name the last only."""
+def _canonical(table: Table) -> tuple[NDArray[np.uint32], list[tuple[int, int]]]:
+    """Return the rows in the order of their names' hashes, of one name the last; and (other row, next of its name)."""
     rows = table.sorted_rows()
-    superseded = np.zeros(len(rows), bool)
+    superseded, pairs = np.zeros(len(rows), bool), []
     if len(rows):
         np.equal(table.keys_of(rows[1:]), table.keys_of(rows[:-1]), out=superseded[:-1])
     for place in np.flatnonzero(superseded).tolist():
+        row, later = int(rows[place]), int(rows[place + 1])
         # As in tar, the last of several of one name counts. Of different names, hashes are as good as never equal.
-        superseded[place] = table.name(int(rows[place])) == table.name(int(rows[place + 1]))
-    return rows[~superseded]
+        superseded[place] = table.name(row) == table.name(later)
+        if superseded[place]:
+            pairs.append((row, later))
+    return rows[~superseded], pairs

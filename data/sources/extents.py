@@ -1,11 +1,15 @@
 """Reading the images that a scan has found."""
 
+import errno
 import os
 
+from data.images import RejectedError
 from data.sources.table import SourceImage
 
 # Archives are held open, for opening one per image is what a network file system is slow at.
 _MOST_OPEN = 128
+# What one file may have wrong with it while its neighbors are well.
+_OF_ONE_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
 class ExtentReader:
@@ -22,7 +26,11 @@ class ExtentReader:
             os.close(self._archives.popitem()[1])
 
     def read(self, image: SourceImage) -> bytes:
-        """Return the encoded bytes. Raises ValueError when they are no longer what the scan saw."""
+        """Return the encoded bytes.
+
+        Raises RejectedError for an image that the file system does not give out, and ValueError when the bytes are no
+        longer what the scan saw, or the file system as a whole gives out none.
+        """
         try:
             if image.archived:
                 return _read(self._descriptor(image.file), image)
@@ -32,7 +40,12 @@ class ExtentReader:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise ValueError(f"shard.source: cannot read {image.path} ({error.strerror}).") from None
+            if error.errno == errno.EIO or (error.errno in _OF_ONE_FILE and not image.archived):
+                raise RejectedError(f"cannot be read ({error.strerror})") from None
+            raise ValueError(
+                f"shard.source: cannot read {image.path} ({error.strerror}); mend that and run the same command again, "
+                "or, if the source changed, shard it to a new output."
+            ) from None
 
     def _descriptor(self, file: str) -> int:
         descriptor = self._archives.get(file)

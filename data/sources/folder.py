@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.sources.entries import OWN_FILE, Entry, Found, Refused, is_image
+from data.sources.entries import OTHER_CLASSES, OWN_FILE, Entry, Found, Ignored, Refused, ignored, is_hidden, is_image
 
 # (device, inode) of the folders above one another
 Ancestors = frozenset[tuple[int, int]]
@@ -20,14 +20,15 @@ def scan_folder(root: Path, wanted: frozenset[str] = frozenset()) -> Iterator[En
 
 
 def _walk(folder: Path, prefix: str, wanted: frozenset[str], above: Ancestors) -> Iterator[Entry]:
-    entries = _list(folder)
-    below = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    entries, below = _list(folder), []
     for entry in entries:
-        name = prefix + entry.name
-        if is_image(name) and not entry.is_dir():
-            yield _look(entry, name)
+        if entry.is_dir() and not entry.name.startswith("."):
+            below.append(entry)
+        else:
+            yield _look(entry, prefix + entry.name)
     here = _enter(folder, above) if below else above
     chosen = [entry for entry in below if entry.name in wanted]
+    yield from (Ignored(f"folders {OTHER_CLASSES}") for entry in below if chosen and entry.name not in wanted)
     for entry in chosen or below:
         inside = frozenset[str]() if chosen else wanted
         yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", inside, here)
@@ -38,7 +39,9 @@ def _list(folder: Path) -> list["os.DirEntry[str]"]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise ValueError(f"shard.source: cannot read {folder} ({error.strerror}).") from None
+        raise ValueError(
+            f"shard.source: cannot read {folder} ({error.strerror}); make it readable, or take it away."
+        ) from None
 
 
 def _enter(folder: Path, above: Ancestors) -> Ancestors:
@@ -49,6 +52,9 @@ def _enter(folder: Path, above: Ancestors) -> Ancestors:
 
 
 def _look(entry: "os.DirEntry[str]", name: str) -> Entry:
+    # A link that leads nowhere may have been a whole class, whatever its name.
+    if not is_image(name) and (is_hidden(name) or not entry.is_symlink() or os.path.exists(entry.path)):
+        return ignored(name)
     try:
         status = entry.stat()
     except OSError as error:

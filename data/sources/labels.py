@@ -16,6 +16,7 @@ from typing import Any
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 SYNSETS = "meta.mat"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}  # else blanks
 REMEDY = "give ILSVRC2012_devkit_t12.tar.gz, or a file of lines `image class`"
 
 
@@ -40,14 +41,20 @@ class LabelFile:
             names = list(names)
             self._by_name = self._ordered(set(names))
         for name in names:
-            label = self._find(name)
+            label = self.find(name)
             if label is None:
-                raise ValueError(f"shard.labels: {self.path} has no class for {name}; {REMEDY}.")
+                raise ValueError(f"shard.labels: {self.path} has no class for {name}; {self._remedy(name)}.")
             yield label
 
-    def _find(self, name: str) -> str | None:
+    def find(self, name: str) -> str | None:
+        """Return the class of an image by its path, file name, or file name without suffix, None for none."""
         path = PurePosixPath(name)
         return next((self._by_name[n] for n in (name, path.name, path.stem) if n in self._by_name), None)
+
+    def _remedy(self, name: str) -> str:
+        if " " in name and self.path.suffix.lower() not in _DELIMITERS:
+            return "image names with blanks need a .csv or .tsv of image,class, for blanks end them here"
+        return REMEDY
 
     def _ordered(self, names: set[str]) -> dict[str, str]:
         if len(names) != len(self._in_order):
@@ -61,22 +68,34 @@ class LabelFile:
         rows = list(_rows(self.path))
         widths = {min(len(row), 2) for row in rows}
         if widths == {2}:
-            self._by_name = {image.removeprefix("./"): label for image, label, *_ in rows}
+            self._add_named(rows)
         elif widths == {1}:
             self._in_order = [label for (label,) in rows]
         else:
             raise ValueError(f"shard.labels: {self.path} has lines of one field and of more, or none; {REMEDY}.")
 
+    def _add_named(self, rows: list[list[str]]) -> None:
+        for image, label, *_ in rows:
+            known = self._by_name.setdefault(image.removeprefix("./"), label)
+            if known != label:
+                raise ValueError(
+                    f"shard.labels: {self.path} gives {image} two classes, {known} and {label}; keep one of its lines."
+                )
+
 
 def _rows(path: Path) -> Iterator[list[str]]:
     """Yield the fields of every line that is not empty."""
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    delimiter = _DELIMITERS.get(path.suffix.lower())
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        lines = csv.reader(text, delimiter=delimiter) if delimiter else (line.split(maxsplit=1) for line in text)
+        split = (line.split(maxsplit=1) for line in text)
+        lines = csv.reader(text, delimiter=delimiter, strict=True) if delimiter else split
         try:
-            yield from ([field.strip() for field in fields] for fields in lines if fields)
+            for fields in filter(None, lines):
+                if any("\n" in field.strip() for field in fields):
+                    raise csv.Error(f"a field of several lines, {fields[0][:40]!r}")
+                yield [field.strip() for field in fields]
         except csv.Error as error:
-            raise ValueError(f"shard.labels: cannot read {path} ({error}).") from None
+            raise ValueError(f"shard.labels: cannot read {path} ({error}); close every quote.") from None
 
 
 def _devkit_labels(path: Path) -> list[str]:

@@ -29,24 +29,40 @@ def _look(folder: Path, path: str, label: str | None) -> Entry:
     try:
         status = os.stat(folder / name)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        return Refused(name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+        if path != path.strip():  # blanks beside a comma are rarely part of a name
+            return _look(folder, path.strip(), label)
+        return Refused(name, f"cannot be read ({getattr(error, 'strerror', None) or error})", label)
     if not stat.S_ISREG(status.st_mode):
-        return Refused(name, "not a regular file")
+        return Refused(name, "not a regular file", label)
     return Found(name, OWN_FILE, 0, status.st_size, status.st_mtime_ns, label)
 
 
 def _text_rows(file: Path) -> Iterator[tuple[str, str | None]]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        rows = csv.DictReader(text, delimiter=delimiter)
+        # Without strict, a quote that is not closed makes one label of all that follows.
+        rows = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
-            _refuse_columns(file, rows.fieldnames or [])
+            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+            _refuse_columns(file, rows.fieldnames)
             for row in rows:
-                if not row[PATH] or None in row or None in row.values():
+                if not (row[PATH] or "").strip() or None in row or None in row.values():
                     raise ValueError(f"shard.source: {file}, line {rows.line_num}: not one value for every column.")
-                yield row[PATH], row.get(LABEL) or None
-        except csv.Error as error:
-            raise ValueError(f"shard.source: {file}, line {rows.line_num}: {error}.") from None
+                yield row[PATH], _label(row.get(LABEL, ""))
+        except (csv.Error, _LabelError) as error:
+            raise ValueError(
+                f"shard.source: {file}, line {rows.line_num}: {error}; close every quote, and double those inside one."
+            ) from None
+
+
+class _LabelError(Exception):
+    """A label that can only come of a quote that is not closed where it should be."""
+
+
+def _label(given: str) -> str | None:
+    if "\n" in given:
+        raise _LabelError("a label of several lines")
+    return given.strip() or None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, str | None]]:

@@ -21,6 +21,7 @@ from data.sources.entries import OWN_FILE, Found
 # name_start, offset, size, mtime_ns, file, name_length
 _ROW = struct.Struct("<qqqqiI")
 _SIZES = np.dtype({"names": ["size"], "formats": ["<i8"], "offsets": [16], "itemsize": _ROW.size})
+_OWN = -1  # in place of a file: the image's own
 _CHUNK = 1 << 14  # rows
 
 
@@ -41,7 +42,7 @@ class SourceSlice:
     """Some images of a source in a few bytes each, to be sent to another process. Iterating gives SourceImages."""
 
     root: str
-    files: tuple[str, ...]
+    files: dict[int, str]  # those of its own rows only: of ten thousand archives every task needs a few
     rows: bytes
     names: bytes
     labels: bytes
@@ -71,7 +72,7 @@ class Table:
         self.keys = array("Q")
         self._rows, self._names = _temporary(), _temporary()
         self._names_size = 0
-        self._file_ids: dict[str, int] = {OWN_FILE: -1}
+        self._file_ids: dict[str, int] = {OWN_FILE: _OWN}
         self._label_ids: dict[str | None, int] = {None: -1}
 
     def __len__(self) -> int:
@@ -114,6 +115,11 @@ class Table:
         """Yield the path of every row, in the order of the scan."""
         return (path for path, _, _, _ in self.entries())
 
+    def rename_keys(self, leading: int) -> None:
+        """Hash the names anew, without some leading folders that all of them have."""
+        keys = (name_key(_encoded(name.split("/", leading)[leading])) for name in self.names())
+        self.keys = array("Q", keys)
+
     def keys_of(self, rows: NDArray[np.uint32]) -> NDArray[np.uint64]:
         """Return the hashes of the names of some rows."""
         return np.frombuffer(self.keys, np.uint64)[rows]
@@ -127,6 +133,15 @@ class Table:
         """Return the path of one row."""
         return _text(self._name(self._row(row)))
 
+    def given_label(self, row: int) -> str | None:
+        """Return the label that the source itself gives to a row."""
+        given = self.given[row]
+        return None if given < 0 else self.label_names[given]
+
+    def are_one_extent(self, row: int, other: int) -> bool:
+        """Tell whether two rows are the same bytes of the same file."""
+        return _ROW.unpack(self._row(row))[1:5] == _ROW.unpack(self._row(other))[1:5]
+
     def sizes(self) -> NDArray[np.int64]:
         """Return the encoded bytes of every row, int64 [rows]."""
         sizes = np.empty(len(self), np.int64)
@@ -139,7 +154,9 @@ class Table:
         """Return the images of some rows, in that order."""
         packed = [self._row(row) for row in rows.tolist()]
         names = b"".join(map(self._name, packed))
-        return SourceSlice(self.root, tuple(self.files), b"".join(packed), names, labels[rows].tobytes())
+        used = {_ROW.unpack(row)[4] for row in packed} - {_OWN}
+        files = {file: self.files[file] for file in sorted(used)}
+        return SourceSlice(self.root, files, b"".join(packed), names, labels[rows].tobytes())
 
     def _row(self, row: int) -> bytes:
         return os.pread(self._rows.fileno(), _ROW.size, row * _ROW.size)

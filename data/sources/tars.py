@@ -9,7 +9,25 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from data.sources.entries import REMEDY, Entry, Found, Refused, is_hidden, is_image, normalized
+from data.sources.entries import (
+    OTHER_CLASSES,
+    REMEDY,
+    Entry,
+    Found,
+    Ignored,
+    Refused,
+    ignored,
+    is_hidden,
+    is_image,
+    is_packed_tar,
+    is_tar,
+    normalized,
+    packed_tar,
+)
+
+# The first bytes of gzip, bzip2, xz and zstd.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_READ_AT_ONCE = 1 << 20  # bytes
 
 
 class Member(NamedTuple):
@@ -36,6 +54,7 @@ class _Link(NamedTuple):
 
     path: str
     target: str
+    offset: int
 
 
 def scan_tar(path: Path, wanted: frozenset[str] = frozenset(), prefix: str = "") -> Iterator[Entry]:
@@ -53,6 +72,7 @@ def scan_tar(path: Path, wanted: frozenset[str] = frozenset(), prefix: str = "")
 def scan_class_tars(tars: list[Path], wanted: frozenset[str] = frozenset()) -> Iterator[Entry]:
     """Yield the images of tars that hold one class each, named by it."""
     chosen = [tar for tar in tars if tar.stem in wanted]
+    yield from (Ignored(f"tars {OTHER_CLASSES}") for tar in tars if chosen and tar.stem not in wanted)
     for tar in chosen or tars:
         yield from scan_tar(tar, prefix=f"{tar.stem}/")
 
@@ -70,6 +90,9 @@ def members(file: IO[bytes], name: str) -> Iterator[Member]:
                     yield Member(normalized(member.name), member, tar)
             _check_end(file, tar.offset)
     except tarfile.TarError as error:
+        file.seek(0)
+        if file.read(6).startswith(_COMPRESSED):
+            raise packed_tar(name) from None
         raise ValueError(f"shard.source: {name} is not a whole, uncompressed tar ({error}); {REMEDY}.") from None
 
 
@@ -100,6 +123,11 @@ def _check_end(file: IO[bytes], offset: int) -> None:
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no end mark at byte {offset}, it is cut off or damaged there")
+    while padding := file.read(_READ_AT_ONCE):
+        if padding.count(0) != len(padding):
+            raise tarfile.ReadError(
+                f"more follows its end mark at byte {offset}: tars are joined by tar --concatenate, not by cat"
+            )
 
 
 def _inner_tars(archive: _Archive, wanted: frozenset[str]) -> frozenset[str]:
@@ -109,41 +137,48 @@ def _inner_tars(archive: _Archive, wanted: frozenset[str]) -> frozenset[str]:
 
 
 def _is_tar(member: Member) -> bool:
-    return member.name.endswith(".tar") and member.info.isreg() and not is_hidden(member.name)
+    return is_tar(member.name) and member.info.isreg()
 
 
 def _images(archive: _Archive, prefix: str, chosen: frozenset[str]) -> Iterator[Entry]:
     """Yield the images of an archive; of the tars inside it only the chosen ones, all if none is chosen."""
-    links = []
+    links, packed, images, tars = [], "", False, False
     archive.file.seek(0)
     for member in members(archive.file, archive.name):
         if _is_tar(member) and archive.base == 0:
-            if not chosen or member.name in chosen:
-                yield from _inner_images(archive, member, prefix)
-        elif _concerns(member):
-            path = prefix + member.name
+            tars = True
+            yield from _inner_images(archive, member, prefix, chosen)
+        elif is_image(member.name) or _may_be_a_folder(member):
+            images, path = True, prefix + member.name
             if reason := defect(member):
                 yield Refused(path, reason)
             elif member.info.islnk():
-                links.append(_Link(path, normalized(member.info.linkname)))
+                links.append(_Link(path, normalized(member.info.linkname), member.info.offset))
             else:
                 yield _found(archive, path, member)
+        else:
+            packed = packed or (member.name if is_packed_tar(member.name) else "")
+            yield ignored(member.name)
+    if packed and (tars or not images):  # beside images it may be anything
+        raise packed_tar(f"{archive.name}:{packed}")
     if links:
         yield from _resolved(archive, links)
 
 
-def _inner_images(archive: _Archive, member: Member, prefix: str) -> Iterator[Entry]:
-    if reason := defect(member):
+def _inner_images(archive: _Archive, member: Member, prefix: str, chosen: frozenset[str]) -> Iterator[Entry]:
+    if chosen and member.name not in chosen:
+        yield Ignored(f"tars {OTHER_CLASSES}")
+    elif reason := defect(member):
         yield Refused(prefix + member.name, reason)
     else:
         name, start = f"{archive.name}:{member.name}", archive.base + member.start
         inner = _Archive(member.open(), archive.disk, name, start, archive.mtime_ns)
-        yield from _images(inner, f"{prefix}{member.name.removesuffix('.tar')}/", frozenset())
+        yield from _images(inner, f"{prefix}{member.name[: -len('.tar')]}/", frozenset())
 
 
-def _concerns(member: Member) -> bool:
-    """Tell whether a member is an image by name, or a link that may be a whole folder of them."""
-    return is_image(member.name) or (member.info.issym() and "." not in member.name and not is_hidden(member.name))
+def _may_be_a_folder(member: Member) -> bool:
+    """Tell whether a member may stand for a whole folder of images, whatever its name."""
+    return member.info.issym() and not is_hidden(member.name)
 
 
 def _found(archive: _Archive, path: str, member: Member) -> Found:
@@ -151,17 +186,18 @@ def _found(archive: _Archive, path: str, member: Member) -> Found:
 
 
 def _resolved(archive: _Archive, links: list[_Link]) -> Iterator[Entry]:
-    """Yield what hard links name: the extents of their targets, looked up in a second reading of the headers."""
+    """Yield what hard links name: the last member of that name before each, found in a second reading of headers."""
+    waiting = {link.offset: link for link in links}
     sought = {link.target for link in links}
     extents: dict[str, Member] = {}
     archive.file.seek(0)
     for member in members(archive.file, archive.name):
+        link = waiting.get(member.info.offset)
+        if link is not None:
+            target = extents.get(link.target)
+            missing = f"hard link to {link.target}, which is no plain file before it in the archive"
+            yield _found(archive, link.path, target) if target else Refused(link.path, missing)
         if member.name in sought and not defect(member):
             target = extents.get(normalized(member.info.linkname)) if member.info.islnk() else member
             if target is not None:
                 extents[member.name] = target
-    for link in links:
-        if link.target in extents:
-            yield _found(archive, link.path, extents[link.target])
-        else:
-            yield Refused(link.path, f"hard link to {link.target}, which is no plain file of the archive")

@@ -2,18 +2,17 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
+from enum import Enum
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data.manifest import MANIFEST_NAME, Manifest
-from data.sources.entries import Entry, Found, Refused, is_hidden
+from data.sources.entries import Entry, Found, Refused, ignored, is_hidden
 from data.sources.tars import Member, defect, members
 
 # Of several images of one sample the first of these is the photograph; masks and depths are PNGs as a rule.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "webp", "png")
 _LABEL, _FACTS = "cls", "json"
 _PEEKED = 32  # members
 _LARGEST_TEXT = 1 << 20
@@ -26,6 +25,16 @@ class Sample(NamedTuple):
     members: dict[str, Member]
 
 
+class TarKind(Enum):
+    """What a tar's first members are.
+
+    SHARD: a WebDataset's samples. Else images only: FLAT: in no folder. CLASS: in a folder of the tar's name.
+    FOLDERS: in other folders. NEITHER: no images.
+    """
+
+    SHARD, FLAT, CLASS, FOLDERS, NEITHER = range(5)
+
+
 class _Shard(NamedTuple):
     """An open shard and the names of its set's classes."""
 
@@ -35,19 +44,19 @@ class _Shard(NamedTuple):
     classes: tuple[str, ...] | None
 
 
-def is_shard(tar: Path) -> bool:
+def kind_of(tar: Path) -> TarKind:
     """Tell by a tar's first members whether it is a WebDataset shard: images with labels or facts beside them."""
     with tar.open("rb") as file:
         first = list(islice(members(file, str(tar)), _PEEKED))
     names = {_parts(member.name) for member in first if not is_hidden(member.name)}
     keys = {key for key, extension in names if extension in IMAGE_EXTENSIONS}
     companions = {extension for key, extension in names if key in keys and (extension == _LABEL or "/" not in key)}
-    return not companions.isdisjoint({_LABEL, _FACTS}) or (bool(keys) and _is_numbered(tar))
-
-
-def classes_of(folder: Path) -> tuple[str, ...] | None:
-    """Return the class names that a set of ours knows, None for the sets of others."""
-    return Manifest.load(folder).classes if (folder / MANIFEST_NAME).is_file() else None
+    if not companions.isdisjoint({_LABEL, _FACTS}):
+        return TarKind.SHARD
+    folders = {key.split("/")[0] for key in keys if "/" in key}
+    if not folders:
+        return TarKind.FLAT if keys else TarKind.NEITHER
+    return TarKind.CLASS if folders == {tar.stem} else TarKind.FOLDERS
 
 
 def scan_shards(tars: list[Path], classes: tuple[str, ...] | None) -> Iterator[Entry]:
@@ -60,13 +69,10 @@ def scan_shards(tars: list[Path], classes: tuple[str, ...] | None) -> Iterator[E
     for tar in tars:
         with tar.open("rb") as file:
             shard = _Shard(tar, file.fileno(), os.fstat(file.fileno()).st_mtime_ns, classes)
-            for sample in _samples(members(file, str(tar))):
-                yield _entry(sample, shard)
-
-
-def _is_numbered(tar: Path) -> bool:
-    # A tar of images only is a class's own, unless its name counts: train-000017.tar, 000017.tar.
-    return re.fullmatch(r"(.*[-_.])?\d+", tar.stem) is not None
+            hidden: list[Entry] = []
+            for sample in _samples(_visible(members(file, str(tar)), hidden)):
+                yield from _entries(sample, shard)
+            yield from hidden
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -76,25 +82,49 @@ def _parts(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def _visible(found: Iterator[Member], hidden: list[Entry]) -> Iterator[Member]:
+    """Pass on members that are not hidden; those that are may lie between the members of one sample."""
+    for member in found:
+        if is_hidden(member.name):
+            hidden.append(ignored(member.name))
+        else:
+            yield member
+
+
 def _samples(found: Iterator[Member]) -> Iterator[Sample]:
-    """Group adjacent members of one key."""
-    visible = (member for member in found if not is_hidden(member.name))
-    for key, group in groupby(visible, key=lambda member: _parts(member.name)[0]):
-        yield Sample(key, {_parts(member.name)[1]: member for member in group})
+    """Group adjacent members of one key; a second one of the same extension starts another sample of that key."""
+    for key, group in groupby(found, key=lambda member: _parts(member.name)[0]):
+        sample = Sample(key, {})
+        for member in group:
+            extension = _parts(member.name)[1]
+            if extension in sample.members:
+                yield sample
+                sample = Sample(key, {})
+            sample.members[extension] = member
+        yield sample
 
 
-def _entry(sample: Sample, shard: _Shard) -> Entry:
+def _entries(sample: Sample, shard: _Shard) -> Iterator[Entry]:
+    """Yield a sample's image, and what of the sample does not come along."""
     extension = next((each for each in IMAGE_EXTENSIONS if each in sample.members), None)
+    yield _entry(sample, extension, shard)
+    used = {extension, _LABEL} if shard.classes is None else {extension, _LABEL, _FACTS}
+    for each, member in sample.members.items():
+        if each not in used:
+            yield ignored(member.name)
+
+
+def _entry(sample: Sample, extension: str | None, shard: _Shard) -> Entry:
     path = f"{shard.tar.stem}/{sample.key}.{extension or '*'}"
-    if extension is None:
-        return Refused(path, f"a sample without an image ({', '.join(IMAGE_EXTENSIONS)})")
-    image = sample.members[extension]
-    if reason := defect(image) or ("hard link" if image.info.islnk() else ""):
-        return Refused(path, reason)
     try:
         label = _label(sample, shard)
     except ValueError as error:
         return Refused(path, str(error))
+    if extension is None:
+        return Refused(path, f"a sample without an image ({', '.join(IMAGE_EXTENSIONS)})", label)
+    image = sample.members[extension]
+    if reason := defect(image) or ("hard link" if image.info.islnk() else ""):
+        return Refused(path, reason, label)
     name = path if shard.classes is None else _source_path(sample, shard) or path
     return Found(name, str(shard.tar), image.start, image.info.size, shard.mtime_ns, label)
 
