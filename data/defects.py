@@ -1,11 +1,13 @@
 """What to do about samples that broke after sharding: name them, count them, end the run when they are too many."""
 
+import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from data.dali import Encoded, ViewPipeline
 from data.reader import Damage
@@ -39,12 +41,23 @@ class Defects:
         log.warning("%s; the next good one takes its place (%d of at most %d)", damage.message, len(self), self._limit)
 
 
-def find_undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) -> list[int]:
-    """Return the positions of the images that DALI cannot decode, trying one at a time."""
-    found: list[int] = []
-    while (position := _first_undecodable(images, found[-1] + 1 if found else 0, device)) is not None:
-        found.append(position)
-    return found
+def find_undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Iterator[int]:
+    """Yield the positions of the images that DALI cannot decode, trying one at a time.
+
+    Yields nothing when it cannot decode a sound image either: then the images are not to blame.
+    """
+    if _first_undecodable([_sound_image()], 0, device) is not None:
+        return
+    position = _first_undecodable(images, 0, device)
+    while position is not None:
+        yield position
+        position = _first_undecodable(images, position + 1, device)
+
+
+def _sound_image() -> NDArray[np.uint8]:
+    encoded = io.BytesIO()
+    Image.new("RGB", (16, 16), (90, 120, 200)).save(encoded, "JPEG")
+    return np.frombuffer(encoded.getvalue(), np.uint8)
 
 
 def _first_undecodable(images: Sequence[NDArray[np.uint8]], start: int, device: torch.device) -> int | None:

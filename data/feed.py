@@ -34,9 +34,9 @@ class Share:
 class Feed:
     """Turn this rank's places into encoded images and parameter rows, some shares ahead of their use.
 
-    A sample that is broken is replaced by the first good one at the same place of a later global batch: no batch then
-    holds an image twice, and any number of ranks agrees on it. A fixed order takes the next good one, in a circle.
-    Parameters stay those of the place.
+    A sample that is broken is replaced by the first good one at the same place of a later global batch: a batch then
+    hardly ever holds an image twice, and any number of ranks agrees on it. A fixed order takes the next good one, in a
+    circle. Parameters stay those of the place.
     """
 
     def __init__(

@@ -50,8 +50,12 @@ def read_header(encoded: bytes) -> JpegHeader | None:
 
 
 def _header(encoded: bytes, frame: int, scan: int) -> JpegHeader | None:
-    height, width = (int.from_bytes(encoded[frame + at : frame + at + 2], "big") for at in (5, 7))
-    return JpegHeader(encoded[frame + 1], scan, height, width) if height and width else None
+    length, height, width = (int.from_bytes(encoded[frame + at : frame + at + 2], "big") for at in (2, 5, 7))
+    components = encoded[frame + 9]
+    # Threads of DALI's decoder have crashed over other numbers of components.
+    if not (height and width and components in (1, 3, 4) and length == 8 + 3 * components):
+        return None
+    return JpegHeader(encoded[frame + 1], scan, height, width)
 
 
 def has_end(encoded: bytes, header: JpegHeader) -> bool:

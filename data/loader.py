@@ -6,6 +6,7 @@ Nothing forks, and nothing holds random state: `Loader.batches(start)` yields th
 restart, with other ranks, batch sizes or threads.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from data.views import ViewSpec
 
 _PROBED_IMAGES = 256
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class LoaderConfig:
@@ -39,9 +42,9 @@ class LoaderConfig:
     of torchvision's) or "exact" (torchvision's pixels). threads of DALI: 0 = this process's share of the cores.
     prefetch: batches made ahead of the model, 0 = by their size. hardware_share: part of the images that a GPU's
     JPEG engine decodes, 0 to 1; -1 measures at each start what is fastest, so that lives of a run may differ in the
-    last bit of a pixel. max_bad_samples: how many samples that broke
-    after sharding each process may replace before it gives up. staging: folder on a local disk for copies of the
-    shards that are read next; the processes of a node share ``staging_gigabytes`` there.
+    last bit of a pixel. max_bad_samples: how many samples that broke after sharding each process may replace in one
+    life before it gives up. staging: folder on a local disk for copies of the shards that are read next; the
+    processes of a node share ``staging_gigabytes`` there.
     """
 
     shards: str = ""
@@ -122,6 +125,7 @@ class Loader:
         self._defects = Defects(config.max_bad_samples)
         self._stage = _stage(config, index) if isinstance(self._order, ShuffledOrder) else Originals(index.paths)
         self._reader = Reader(index, self._stage.path)
+        self._stage.on_eviction(self._reader.forget)
         self._feed = Feed(
             self._reader,
             self._order,
@@ -147,8 +151,12 @@ class Loader:
 
     @property
     def bad_samples(self) -> int:
-        """Return how many samples were found broken, and replaced, so far."""
+        """Return how many samples this process found broken, and replaced, so far."""
         return len(self._defects)
+
+    def is_bad(self, sample: int) -> bool:
+        """Tell whether a sample was found broken, and replaced."""
+        return sample in self._defects
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield batches from global sample index ``start`` on, endlessly or up to ``stop``, exclusive.
@@ -213,13 +221,13 @@ class Loader:
 
         Raises the error again when no image is to blame.
         """
-        found = 0
+        known = len(self._defects)
+        log.warning("decoding failed, looking for the image: %s", " ".join(str(error).split())[-200:])
         for share in flow.in_flight:
             samples = self._feed.samples(share)
             for position in find_undecodable([each.image for each in samples], self._pipeline_device):
                 self._defects.add(self._reader.describe(samples[position].id, "it does not decode"))
-                found += 1
-        if not found:
+        if len(self._defects) == known:
             raise error
         return int(flow.in_flight[0].places[0]) - self._rank
 

@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-# Numbers of ranks are powers of two as a rule. Any change here breaks the resume of every run under way.
+VERSION = 2
+"""Of the sequence: a run that another version began cannot go on."""
+
+# Numbers of ranks are powers of two as a rule. Any change here is a new version.
 _MOST_LANES = 64
 _SHARDS_PER_LANE = 4  # at least, for a lane shorter than a shard would hardly be mixed
 _SHARDS_MIXED = 32  # at least, in all lanes' windows together
@@ -79,7 +82,7 @@ class ShuffledOrder:
 
     def __init__(self, counts: Sequence[int], seed: int) -> None:
         assert sum(counts) > 0, counts
-        self._seed = seed
+        self.seed = seed
         self.counts = np.asarray(counts, np.int64)
         most = max(1, min(_MOST_LANES, len(self.counts) // _SHARDS_PER_LANE))
         self.lanes = 1 << (most.bit_length() - 1)
@@ -108,13 +111,13 @@ class ShuffledOrder:
             return self._permutations[epoch]
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
-        shards = np.argsort(hashed(_SHARDS, self._seed, epoch, np.arange(len(self.counts))), kind="stable")
+        shards = np.argsort(hashed(_SHARDS, self.seed, epoch, np.arange(len(self.counts))), kind="stable")
         ids, shard_position = self._in_sequence(shards)
         lane = np.repeat(np.arange(self.lanes), np.diff(self._lane_starts()))
         # A lane's windows begin where the lane does; its first shard may have begun in the lane before.
         first_shard = shard_position[np.minimum(self._lane_starts()[:-1], len(self) - 1)]
         window = (shard_position - first_shard[lane]) // self.window
-        mixed = np.lexsort((hashed(_SAMPLES, self._seed, epoch, ids), window, lane))
+        mixed = np.lexsort((hashed(_SAMPLES, self.seed, epoch, ids), window, lane))
         return ids[mixed][self._dealt()]
 
     def _in_sequence(self, shards: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

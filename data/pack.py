@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.images import ImagePolicy, Jpeg, RejectedError, as_jpeg
-from data.manifest import INDEX_VERSION, Shard, index_path
+from data.manifest import INDEX_VERSION, Shard, index_path, sample_checksum
 from data.publishing import file_sha256, publish, temporary_path, write_atomically
 from data.sources.extents import ExtentReader
 from data.sources.table import SourceImage, SourceSlice
@@ -105,11 +105,18 @@ def _add_images(writer: "_TarWriter", task: ShardTask) -> _Seen:
                 continue
             seen.treatments[jpeg.treatment] += 1
             seen.max_height, seen.max_width = max(seen.max_height, jpeg.height), max(seen.max_width, jpeg.width)
-            members = {} if image.label < 0 else {"cls": str(image.label).encode("ascii")}
-            facts = f'{{"path": {json.dumps(image.path)}, "width": {jpeg.width}, "height": {jpeg.height}}}'
-            members |= {"jpg": jpeg.content, "json": facts.encode("ascii")}
+            label = b"" if image.label < 0 else str(image.label).encode("ascii")
+            members = {"cls": label} if label else {}
+            members |= {"jpg": jpeg.content, "json": _facts(image.path, label, jpeg)}
             writer.add(f"{position:0{KEY_DIGITS}d}", members)
     return seen
+
+
+def _facts(path: str, label: bytes, jpeg: Jpeg) -> bytes:
+    """Return the json member; readers hold label and image against its checksum."""
+    checksum = sample_checksum(label, jpeg.content)
+    facts = f'"crc32": {checksum}, "path": {json.dumps(path)}, "width": {jpeg.width}, "height": {jpeg.height}'
+    return f"{{{facts}}}".encode("ascii")
 
 
 def _convert(reader: ExtentReader, image: SourceImage, policy: ImagePolicy) -> Jpeg:

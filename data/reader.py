@@ -1,20 +1,21 @@
 """Read samples of a sharded set by their place in the tars."""
 
-import os
+import errno
+import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.jpeg import read_header
-from data.manifest import SampleIndex
+from data.manifest import SampleIndex, sample_checksum
+from data.open_files import OpenFiles
 
-# All windows of the shuffled order, for one rank alone; below the usual limit of 1024 open files.
-_OPEN_TARS = 256
-_TAR_BLOCK, _TAR_NAME = 512, 100
+_TAR_BLOCK, _TAR_NAME, _TAR_SIZE = 512, 100, slice(124, 136)
+_MOST_FACTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,32 @@ class Damage:
 class Reader:
     """Read samples by id. Threads may share it.
 
-    ``locate`` says where a shard lies now, if not where the index says; that place may fail at any time.
+    ``locate`` says where a shard lies now, if not where the index says; whatever is wrong there, the index's place is
+    read instead. Every sample is held against the checksum that was packed with it.
     """
 
     def __init__(self, index: SampleIndex, locate: Callable[[int], Path] | None = None) -> None:
         self._index = index
         self._locate = locate or index.paths.__getitem__
-        # Least recently used tars are let go, so that any number of shards stays within the open-file limit.
-        self._tar = lru_cache(_OPEN_TARS)(_Tar)
+        self._files = OpenFiles()
 
     def read(self, ids: Iterable[int]) -> list[Sample | Damage]:
         """Read samples. Raises ValueError, naming the shard, when the file system refuses."""
         return [self._sample(sample) for sample in ids]
 
+    def forget(self, path: Path) -> None:
+        """Close a tar that is going to be deleted, lest it keep its place on the disk."""
+        self._files.forget(path)
+
     def close(self) -> None:
         """Let go of the open tars."""
-        self._tar.cache_clear()
+        self._files.close()
 
     def describe(self, sample: int, why: str) -> Damage:
         """Return what to say about a sample that cannot be used."""
         path = self._index.paths[self._index.shard[sample]]
         try:
-            header = self._pread(path, _TAR_NAME, int(self._index.offset[sample]) - _TAR_BLOCK)
+            header = self._files.read(path, _TAR_NAME, int(self._index.offset[sample]) - _TAR_BLOCK)
         except OSError:
             header = b"?"
         # Raw bytes of a damaged tar could steer the terminal that shows them.
@@ -72,38 +77,47 @@ class Reader:
         )
 
     def _sample(self, sample: int) -> Sample | Damage:
-        index, shard = self._index, int(self._index.shard[sample])
+        shard = int(self._index.shard[sample])
+        origin, place = self._index.paths[shard], self._locate(shard)
+        if place != origin:
+            with suppress(_DamagedError, OSError):
+                return self._sample_in(place, sample)
         try:
-            image = self._bytes(shard, int(index.offset[sample]), int(index.size[sample]))
-            label = self._bytes(shard, int(index.label_offset[sample]), int(index.label_size[sample]))
-            height, width = self._size(image)
-            return Sample(sample, np.frombuffer(image, np.uint8), height, width, self._class_id(label))
+            return self._sample_in(origin, sample)
         except _DamagedError as damage:
             return self.describe(sample, str(damage))
+        except OSError as error:
+            if error.errno == errno.EIO:  # a bad sector is one sample's trouble
+                return self.describe(sample, "it cannot be read from the disk")
+            raise ValueError(f"{origin}: {error.strerror}; check the file system.") from error
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        origin = self._index.paths[shard]
-        content = b""
-        for path in dict.fromkeys((self._locate(shard), origin)):
-            try:
-                content = self._pread(path, size, offset)
-            except OSError as error:
-                if path == origin:
-                    raise ValueError(f"{path}: {error.strerror}; check the file system.") from error
-            if len(content) == size:
-                return content
-        raise _DamagedError(f"{len(content)} of {size} bytes")
+    def _sample_in(self, path: Path, sample: int) -> Sample:
+        index = self._index
+        image, facts = self._image_and_facts(path, int(index.offset[sample]), int(index.size[sample]))
+        label = self._whole(path, int(index.label_size[sample]), int(index.label_offset[sample]))
+        if sample_checksum(label, image) != _checksum(facts):
+            raise _DamagedError("its checksum is another")
+        height, width = self._size(image)
+        return Sample(sample, np.frombuffer(image, np.uint8), height, width, self._class_id(label))
 
-    def _pread(self, path: Path, size: int, offset: int) -> bytes:
-        if size == 0:
-            return b""
+    def _image_and_facts(self, path: Path, offset: int, size: int) -> tuple[bytes, bytes]:
+        """Read the image, and in one go the member after it, which says what was packed."""
+        padded = -(-size // _TAR_BLOCK) * _TAR_BLOCK
+        content = self._whole(path, padded + 2 * _TAR_BLOCK, offset)
+        image, header, facts = content[:size], content[padded : padded + _TAR_BLOCK], content[padded + _TAR_BLOCK :]
         try:
-            # Held by name: a thread that lost the race to open a tar has one that no cache keeps open.
-            tar = self._tar(path)
-            return os.pread(tar.descriptor, size, offset)
-        except OSError:
-            # A network file system may have forgotten the open file (ESTALE); a new one is of use then.
-            return os.pread(_Tar(path).descriptor, size, offset)
+            facts_size = int(header[_TAR_SIZE].rstrip(b"\0 "), 8)
+        except ValueError:
+            raise _DamagedError("no facts follow it") from None
+        if facts_size > _TAR_BLOCK:
+            facts = self._whole(path, min(facts_size, _MOST_FACTS), offset + padded + _TAR_BLOCK)
+        return image, facts[:facts_size]
+
+    def _whole(self, path: Path, size: int, offset: int) -> bytes:
+        content = self._files.read(path, size, offset) if size else b""
+        if len(content) != size:
+            raise _DamagedError(f"{len(content)} of {size} bytes")
+        return content
 
     def _size(self, image: bytes) -> tuple[int, int]:
         header, manifest = read_header(image), self._index.manifest
@@ -121,16 +135,12 @@ class Reader:
         return int(label)
 
 
+def _checksum(facts: bytes) -> int:
+    try:
+        return int(json.loads(facts)["crc32"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _DamagedError("what was said of it is unreadable") from None
+
+
 class _DamagedError(ValueError):
     """Bytes that are not what was packed; the message says why."""
-
-
-class _Tar:
-    """A tar open for reading, closed when the last thread lets go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)

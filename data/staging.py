@@ -8,12 +8,12 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "coldpress-stage-"
 _OWNER = "owner.lock"
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Need:
-    """A shard that a rank reads in an epoch, from place ``first`` to place ``last`` of the run."""
+    """A shard, or a lane's part of it, that a rank reads from place ``first`` to place ``last`` of the run."""
 
     shard: int
     first: int
@@ -37,18 +38,24 @@ class Need:
 
 
 def needs(order: ShuffledOrder, start: int, rank: int, world_size: int) -> Iterator[Need]:
-    """Yield the shards that a rank reads from place ``start`` on, by their first use, epoch after epoch, endlessly."""
+    """Yield what a rank reads of shards from place ``start`` on, by first use, epoch after epoch, endlessly.
+
+    The rank takes the places start + rank, start + rank + world_size, and so on. A shard that a boundary of lanes
+    cuts is needed twice, at the end of one lane and at the beginning of another.
+    """
+    # Its own, since it draws epochs long before they are trained on.
+    ahead = ShuffledOrder(order.counts.tolist(), order.seed)
     shard_of_sample = np.repeat(np.arange(len(order.counts)), order.counts)
-    epoch, size = start // len(order), len(order)
-    while True:
+    size = len(order)
+    for epoch in count(start // size):
         begin = max(start, epoch * size)
-        places = np.arange(begin + (rank - begin) % world_size, (epoch + 1) * size, world_size)
-        shards = shard_of_sample[order.permutation(epoch)[places - epoch * size]]
-        used, first = np.unique(shards, return_index=True)
-        last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
+        places = np.arange(begin + (start + rank - begin) % world_size, (epoch + 1) * size, world_size)
+        positions = places - epoch * size
+        parts = shard_of_sample[ahead.permutation(epoch)[positions]] * order.lanes + positions % order.lanes
+        used, first = np.unique(parts, return_index=True)
+        last = len(parts) - 1 - np.unique(parts[::-1], return_index=True)[1]
         for k in np.argsort(first):
-            yield Need(int(used[k]), int(places[first[k]]), int(places[last[k]]))
-        epoch += 1
+            yield Need(int(used[k]) // order.lanes, int(places[first[k]]), int(places[last[k]]))
 
 
 class Originals:
@@ -70,6 +77,9 @@ class Originals:
     def close(self) -> None:
         """Do nothing."""
 
+    def on_eviction(self, forget: Callable[[Path], None]) -> None:
+        """Do nothing."""
+
 
 class Stage(Originals):
     """A bounded folder of copied shards: ``path(shard)`` is the copy where there is one, else the original.
@@ -83,6 +93,12 @@ class Stage(Originals):
     def __init__(self, folder: Path, limit: int, originals: Sequence[Path], sizes: Sequence[int]) -> None:
         super().__init__(originals)
         self._limit, self._sizes = limit, sizes
+        self._forget: Callable[[Path], None] = lambda _: None
+        if limit < max(sizes):
+            raise ValueError(
+                f"data.staging_gigabytes: this process's part is {limit / 1e9:g}, less than the largest shard, "
+                f"{max(sizes) / 1e9:g}; give more, or leave data.staging empty."
+            )
         self._copies: dict[int, Path] = {}
         self._last_use: dict[int, int] = {}
         self._used = self._place = 0
@@ -101,6 +117,10 @@ class Stage(Originals):
     def path(self, shard: int) -> Path:
         """Return where to read a shard now."""
         return self._copies.get(shard) or self._originals[shard]
+
+    def on_eviction(self, forget: Callable[[Path], None]) -> None:
+        """Call ``forget`` with each copy that goes: a file that is open somewhere keeps its place on the disk."""
+        self._forget = forget
 
     def follow(self, upcoming: Iterator[Need], horizon: int) -> None:
         """Copy, in a thread, what is needed within the next ``horizon`` places; end what was followed before."""
@@ -164,26 +184,42 @@ class Stage(Originals):
         copy = self.folder / self._originals[shard].name
         temporary = copy.with_name(copy.name + ".tmp")
         try:
-            shutil.copyfile(self._originals[shard], temporary)
-            if temporary.stat().st_size != self._sizes[shard]:
+            copied = self._copy_file(self._originals[shard], temporary)
+            if copied not in (None, self._sizes[shard]):
                 raise OSError(errno.EIO, "the copy has another size")
-            os.replace(temporary, copy)
+            if copied is not None:
+                os.replace(temporary, copy)
         except OSError as error:
-            self._do_with_less(shard, error)
-            temporary.unlink(missing_ok=True)
+            self._do_without(shard, error)
+            _delete(temporary)
             return
         with self._changed:
+            if copied is None:
+                self._used -= self._sizes[shard]
+                _delete(temporary)
+                return
             self._copies[shard] = copy
             if self._last_use[shard] < self._place:
                 self._evict(shard)
 
-    def _do_with_less(self, shard: int, error: OSError) -> None:
-        """Stop at what is there: what did not fit now will not fit later."""
+    def _copy_file(self, source: Path, target: Path) -> int | None:
+        """Copy piece by piece, lest somebody who leaves wait for the rest; return the bytes, None if unfinished."""
+        copied = 0
+        with source.open("rb") as read, target.open("wb") as written:
+            while piece := read.read(_PIECE):
+                if self._stopping:
+                    return None
+                copied += written.write(piece)
+        return copied
+
+    def _do_without(self, shard: int, error: OSError) -> None:
+        """Leave this shard where it is; where the disk is full, never hold more than now."""
         with self._changed:
             self._used -= self._sizes[shard]
-            self._limit = self._used
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._limit = self._used
         log.warning(
-            "staging: cannot copy %s to %s (%s); going on with %.1f GB of copies, and the originals",
+            "staging: cannot copy %s to %s (%s); reading the original; at most %.1f GB of copies from now on",
             self._originals[shard],
             self.folder,
             error.strerror,
@@ -191,8 +227,18 @@ class Stage(Originals):
         )
 
     def _evict(self, shard: int) -> None:
-        self._copies.pop(shard).unlink(missing_ok=True)
+        copy = self._copies.pop(shard)
+        self._forget(copy)
+        _delete(copy)
         self._used -= self._sizes[shard]
+
+
+def _delete(file: Path) -> None:
+    """Delete a file; a disk that refuses keeps it, which is no reason to end a run."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("staging: cannot delete %s (%s)", file, error.strerror)
 
 
 def _new_folder(parent: Path) -> tuple[Path, IO[bytes]]:
@@ -217,8 +263,10 @@ def _remove_orphans(parent: Path) -> None:
 def _remove(folder: Path) -> None:
     """Delete what a stage wrote, and nothing else; a folder with anything else in it stays."""
     for file in (*folder.glob("*.tar"), *folder.glob("*.tar.tmp"), folder / _OWNER):
-        file.unlink(missing_ok=True)
+        _delete(file)
     try:
         folder.rmdir()
+    except FileNotFoundError:
+        pass
     except OSError:
         log.warning("staging: %s holds files that are not ours and stays", folder)

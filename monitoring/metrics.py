@@ -47,7 +47,7 @@ _METRICS = (
     _gauge("step_seconds", "Mean duration of a step over the log interval."),
     _gauge("data_wait_ratio", "Share of the log interval that this process waited for its next batch."),
     _counter("data_wait_seconds_total", "Time that this process waited for its next batch"),
-    _counter("bad_samples_total", "Samples that this process found broken and replaced by others"),
+    _counter("bad_samples_total", "Samples found broken and replaced by others, by all processes together"),
     # What it learns.
     _gauge("loss", "Training loss of the last step, mean over processes."),
     _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),

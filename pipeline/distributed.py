@@ -142,6 +142,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def sum_over_ranks(value: float) -> float:
+    """Return the sum of a number over all processes."""
+    if world_size() == 1:
+        return float(value)
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)
+
+
 def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Return for each flag whether it is set on at least one process. All processes must call this together."""
     if world_size() == 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data import order
 from data.loader import Loader
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
@@ -56,7 +57,10 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
         return train(config, world, stop, parts, state, directory)
     except ValueError as error:
         # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
+        _say(directory, "failed", state)
         raise ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}") from error
+    finally:
+        parts.loader.close()
 
 
 def train(
@@ -72,9 +76,9 @@ def train(
     meter = Meter(parts.method, parts.budget, config.batch_size)
     finished = _progress(parts.budget, state) >= 1
 
-    for batch in parts.loader.batches(start=state.samples):
-        if finished:
-            break
+    batches = parts.loader.batches(start=state.samples)
+    while not finished:
+        batch = next(batches)
         plan = parts.schedules.at(_progress(parts.budget, state))
         result = parts.engine.step(batch, plan)
         cost = parts.method.sample_cost(plan)
@@ -85,7 +89,7 @@ def train(
         if state.step % config.log_every == 0 or finished:
             loss = float(distributed.mean_over_ranks(result.loss))
             metrics = meter.report(state, plan, parts.engine, loss)
-            metrics |= {"bad_samples_total": float(parts.loader.bad_samples)}
+            metrics |= {"bad_samples_total": distributed.sum_over_ranks(parts.loader.bad_samples)}
             sinks.write(state.step, metrics | {name: float(value) for name, value in result.metrics.items()})
 
         probing, saving, stopping = distributed.any_rank(
@@ -106,7 +110,6 @@ def train(
             break
 
     sinks.close()
-    parts.loader.close()
     _say(directory, "finished" if finished else "stopped", state)
     log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
     return 0 if finished else stop.exit_code
@@ -153,6 +156,7 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
         "batch_size": config.batch_size,
         "data.shards": loader.manifest.fingerprint,
         "data.color": config.data.color,
+        "data.order": order.VERSION,
         "processes": world.size,
         "engine.precision": config.engine.precision.value,
         # Another budget would take progress back and wake frozen layers.

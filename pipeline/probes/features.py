@@ -16,13 +16,15 @@ from pipeline.distributed import World, gather
 from pipeline.models.vit import ViT
 
 BATCH_SIZE = 128
+BROKEN = -1
 
 
 def extract(encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World) -> tuple[Tensor, Tensor]:
     """Return fp32 features [N, D] and labels [N] of the given samples, on every process.
 
     Each process encodes its share; up to `world.size - 1` trailing samples are left out so that all
-    shares are equal. Images are resized and cropped at the center.
+    shares are equal, and samples that broke after sharding, which the log names. Images are resized and cropped
+    at the center.
 
     Raises:
         ValueError: the shards carry no labels.
@@ -38,9 +40,12 @@ def extract(encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World) -
     )
     try:
         features, labels = _encode(encoder, loader.batches(stop=len(mine)), config.shards)
+        # Replaced by others, which would count twice. Not left out before all processes have gathered equal shares.
+        labels[[loader.is_bad(int(sample)) for sample in mine]] = BROKEN
     finally:
         loader.close()
-    return gather(features), gather(labels)
+    features, labels = gather(features), gather(labels)
+    return features[labels != BROKEN], labels[labels != BROKEN]
 
 
 @torch.no_grad()

@@ -22,7 +22,15 @@ def jpeg(seed: int) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("broken", [[], [0], [5], [2, 3], [0, 1, 2, 3, 4, 5]])
 def test_every_undecodable_image_is_found(broken: list[int]) -> None:
     images = [jpeg(k)[: 300 if k in broken else None] for k in range(6)]
-    assert find_undecodable(images, torch.device("cpu")) == broken
+    assert list(find_undecodable(images, torch.device("cpu"))) == broken
+
+
+def test_images_are_not_blamed_for_a_decoder_that_fails_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("cudaErrorMemoryAllocation")
+
+    monkeypatch.setattr("data.dali.ViewPipeline.__next__", fail)
+    assert list(find_undecodable([jpeg(0), jpeg(1)], torch.device("cpu"))) == []
 
 
 def test_a_sample_counts_once_and_one_too_many_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -33,7 +41,5 @@ def test_a_sample_counts_once_and_one_too_many_is_named(caplog: pytest.LogCaptur
     assert 8 in defects
     assert 9 not in defects
     assert [message.partition(";")[0] for message in caplog.messages] == ["sample 7 is broken", "sample 8 is broken"]
-    with pytest.raises(
-        ValueError, match=r"3 samples are broken, 2 may be; the last: sample 9 is broken"
-    ):
+    with pytest.raises(ValueError, match=r"3 samples are broken, 2 may be; the last: sample 9 is broken"):
         defects.add(Damage(9, "sample 9 is broken"))

@@ -73,12 +73,14 @@ def test_needs_are_the_shards_of_the_ranks_places(counts: list[int], start: int,
     places = np.arange(start, epochs * sum(counts))
     shards = np.repeat(np.arange(len(counts)), counts)[order.place(places)[1]]
     for rank in range(ranks):
-        mine = places % ranks == rank
+        mine = (places - start) % ranks == rank
         expected: list[tuple[int, int, int]] = []
         for epoch in range(start // sum(counts), epochs):
             here = mine & (places // sum(counts) == epoch)
-            spans = {int(s): places[here & (shards == s)] for s in np.unique(shards[here])}
-            expected += sorted(((s, int(p[0]), int(p[-1])) for s, p in spans.items()), key=lambda span: span[1])
+            parts = shards * order.lanes + places % sum(counts) % order.lanes
+            spans = {int(part): places[here & (parts == part)] for part in np.unique(parts[here])}
+            found_here = ((part // order.lanes, int(p[0]), int(p[-1])) for part, p in spans.items())
+            expected += sorted(found_here, key=lambda span: span[1])
         found = [(n.shard, n.first, n.last) for n in islice(needs(order, start, rank, ranks), len(expected))]
         assert found == expected
 
@@ -130,11 +132,18 @@ def test_endless_needs_are_met_one_horizon_ahead_and_no_further(stage: Callable[
     assert asked[-1] == 90
 
 
-def test_a_shard_larger_than_the_limit_is_left_where_it_is(stage: Callable[..., Stage], originals: list[Path]) -> None:
-    near = stage(limit=SIZE - 1)
+def test_a_limit_below_the_largest_shard_is_refused(stage: Callable[..., Stage]) -> None:
+    with pytest.raises(ValueError, match=r"data\.staging_gigabytes: this process's part is 9\.99e-07, less than the"):
+        stage(limit=SIZE - 1)
+
+
+def test_a_copy_that_goes_is_forgotten_first(stage: Callable[..., Stage]) -> None:
+    near, forgotten = stage(), []
+    near.on_eviction(lambda path: forgotten.append((path.name, path.exists())))
     near.follow(in_turn([0, 1]), horizon=100)
-    until(lambda: near._thread is not None and not near._thread.is_alive())
-    assert near.path(0) == originals[0]
+    until(lambda: len(near._copies) == 2)
+    near.advance(10)
+    assert forgotten == [("train-000000.tar", True)]
 
 
 def test_a_full_disk_stops_the_copies_and_not_the_run(
@@ -144,35 +153,94 @@ def test_a_full_disk_stops_the_copies_and_not_the_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
 
-    copyfile, near = staging.shutil.copyfile, stage(limit=5 * SIZE)
+    near = stage(limit=5 * SIZE)
+    copy_file = near._copy_file
 
-    def full_after_two(source: Path, target: Path) -> None:
+    def full_after_two(source: Path, target: Path) -> int | None:
         if len(near._copies) == 2:
             target.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        copyfile(source, target)
+        return copy_file(source, target)
 
-    monkeypatch.setattr(staging.shutil, "copyfile", full_after_two)
+    monkeypatch.setattr(near, "_copy_file", full_after_two)
     near.follow(in_turn([0, 1, 2, 3]), horizon=100)
     until(lambda: bool(caplog.messages))
     assert "No space left on device" in caplog.messages[0]
     assert near._limit == 2 * SIZE
     assert not list(near.folder.glob("*.tmp"))
     assert near.path(2) == originals[2]
-    monkeypatch.setattr(staging.shutil, "copyfile", copyfile)
+    monkeypatch.setattr(near, "_copy_file", copy_file)
     near.advance(10)  # one copy goes, so one may come
     until(lambda: 3 in near._copies)
     assert len(caplog.messages) == 1
 
 
-def test_a_copy_that_comes_too_late_goes_at_once(stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
-    copyfile, near = staging.shutil.copyfile, stage()
+def test_another_error_costs_one_copy_only(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    near = stage()
+    copy_file = near._copy_file
 
-    def slowly(source: Path, target: Path) -> None:
-        copyfile(source, target)
+    def stale_at_first(source: Path, target: Path) -> int | None:
+        if source.name == "train-000000.tar":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return copy_file(source, target)
+
+    monkeypatch.setattr(near, "_copy_file", stale_at_first)
+    near.follow(in_turn([0, 1, 2]), horizon=100)
+    until(lambda: len(near._copies) == 2)
+    assert near._limit == 3 * SIZE
+    assert "Stale file handle" in caplog.messages[0]
+
+
+def test_a_disk_that_refuses_to_delete_ends_nothing(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    near = stage()
+    near.follow(in_turn([0]), horizon=100)
+    until(lambda: 0 in near._copies)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
         near.advance(10)
+    assert near._used == 0
+    assert "Read-only file system" in caplog.messages[0]
 
-    monkeypatch.setattr(staging.shutil, "copyfile", slowly)
+
+def test_leaving_does_not_wait_for_the_rest_of_a_copy(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = stage()
+    monkeypatch.setattr(staging, "_PIECE", 1)
+    write = Path.open
+
+    def slowly(path: Path, mode: str = "r") -> object:
+        if mode == "rb":
+            time.sleep(0.2)
+            near._stopping = True
+        return write(path, mode)
+
+    monkeypatch.setattr(Path, "open", slowly)
+    near.follow(in_turn([0]), horizon=100)
+    until(lambda: near._thread is not None and not near._thread.is_alive())
+    assert near._copies == {}
+    assert near._used == 0
+    assert [path.name for path in near.folder.iterdir()] == ["owner.lock"]
+
+
+def test_a_copy_that_comes_too_late_goes_at_once(stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    near = stage()
+    copy_file = near._copy_file
+
+    def slowly(source: Path, target: Path) -> int | None:
+        copied = copy_file(source, target)
+        near.advance(10)
+        return copied
+
+    monkeypatch.setattr(near, "_copy_file", slowly)
     near.follow(in_turn([0]), horizon=100)
     until(lambda: near._thread is not None and not near._thread.is_alive())
     assert staged(near) == []
