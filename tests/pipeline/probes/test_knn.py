@@ -1,6 +1,7 @@
 """k-NN against a literal reference, and the probe's share of the time."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from data.loader import LoaderConfig
+from data.manifest import Manifest, SampleIndex
 from pipeline.distributed import World
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.probes.features import extract
@@ -62,7 +64,31 @@ def test_features_are_of_the_asked_samples_in_order(vit: ViT, drawn_shards: Path
     assert vit.training
 
 
-def test_two_processes_extract_the_same(run_ranks: Callable[..., list[str]], drawn_shards: Path) -> None:
+@pytest.fixture
+def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
+    """Return a copy of the set in which samples 3 and 4 are no longer JPEGs."""
+    copy = Path(shutil.copytree(drawn_shards, tmp_path / "damaged"))
+    index = SampleIndex.load(copy, Manifest.load(copy))
+    with index.paths[0].open("r+b") as tar:
+        for sample in (3, 4):
+            tar.seek(int(index.offset[sample]))
+            tar.write(b"<html>")
+    return copy
+
+
+def test_broken_samples_are_left_out(vit: ViT, drawn_shards: Path, damaged_shards: Path) -> None:
+    sound, labels = extract(vit, LoaderConfig(str(drawn_shards), threads=1), torch.arange(48).numpy(), WORLD)
+    left, left_labels = extract(vit, LoaderConfig(str(damaged_shards), threads=1), torch.arange(48).numpy(), WORLD)
+    kept = [k for k in range(48) if k not in (3, 4)]
+    assert torch.equal(left_labels, labels[kept])
+    torch.testing.assert_close(left, sound[kept], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shards", ["drawn_shards", "damaged_shards"])
+def test_two_processes_extract_the_same(
+    run_ranks: Callable[..., list[str]], shards: str, request: pytest.FixtureRequest
+) -> None:
+    directory = str(request.getfixturevalue(shards))
     code = f"""
     import torch
     from data.loader import LoaderConfig
@@ -72,7 +98,7 @@ def test_two_processes_extract_the_same(run_ranks: Callable[..., list[str]], dra
     world = distributed.start()
     torch.manual_seed(0)
     vit = ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 2, 3), seed=0)
-    data = LoaderConfig(shards={str(drawn_shards)!r}, threads=1)
+    data = LoaderConfig(shards={directory!r}, threads=1)
     features, labels = extract(vit, data, torch.arange(48).numpy(), world)
     order = (features[:, 0]).argsort()
     print([round(float(v), 4) for v in features[order, 0]], labels[order].tolist())
