@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("pipeline.plan", "what a training run would do and cost; runs nothing"),
     "train": ("pipeline.train", "pre-train, or go on where the run was stopped"),
     "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
-    "bench": ("pipeline.bench", "step time against what the arithmetic promises"),
+    "bench": ("pipeline.bench", "step, freezing, loader and start, each against a baseline or a limit"),
     "demo": ("pipeline.demo", "all of the above in minutes"),
 }
 # Commands that keep the user's own words beside what they produce.
