@@ -24,12 +24,10 @@ SIZES = [(375, 500), (500, 333), (300, 300), (213, 640)] * 16
 
 
 def picture(seed: int) -> NDArray[np.uint8]:
-    random, (height, width) = np.random.default_rng(seed), SIZES[seed]
-    coarse = Image.fromarray(random.integers(0, 256, (9, 9, 3), np.uint8))
-    encoded = io.BytesIO()
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(
-        encoded, "JPEG", quality=90, subsampling=["4:4:4", "4:2:0"][seed % 2]
-    )
+    height, width = SIZES[seed]
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8))
+    full, encoded = coarse.resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
+    full.save(encoded, "JPEG", quality=90, subsampling=["4:4:4", "4:2:0"][seed % 2])
     return np.frombuffer(encoded.getvalue(), np.uint8)
 
 
