@@ -22,7 +22,7 @@ def scan_folder(root: Path, wanted: frozenset[str] = frozenset()) -> Iterator[En
 def _walk(folder: Path, prefix: str, wanted: frozenset[str], above: Ancestors) -> Iterator[Entry]:
     entries, below = _list(folder), []
     for entry in entries:
-        if entry.is_dir() and not entry.name.startswith("."):
+        if _is_folder(entry) and not entry.name.startswith("."):
             below.append(entry)
         else:
             yield _look(entry, prefix + entry.name)
@@ -42,6 +42,13 @@ def _list(folder: Path) -> list["os.DirEntry[str]"]:
         raise ValueError(
             f"shard.source: cannot read {folder} ({error.strerror}); make it readable, or take it away."
         ) from None
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link that leads to itself
+        return False
 
 
 def _enter(folder: Path, above: Ancestors) -> Ancestors:

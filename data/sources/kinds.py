@@ -60,7 +60,11 @@ def _list_folder(path: Path, wanted: frozenset[str], has_labels: bool) -> Listin
         entries = sorted(found, key=lambda entry: entry.name)
     tars = [Path(entry.path) for entry in entries if is_tar(entry.name)]
     packed = [entry.path for entry in entries if is_packed_tar(entry.name)]
-    images = [entry.name for entry in entries if (entry.is_dir() or is_image(entry.name)) and not is_hidden(entry.name)]
+    images = [
+        entry.name
+        for entry in entries
+        if (os.path.isdir(entry.path) or is_image(entry.name)) and not is_hidden(entry.name)
+    ]
     if packed and (tars or not images):  # beside class folders it may be anything
         raise packed_tar(packed[0])
     if not tars:

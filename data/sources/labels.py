@@ -76,10 +76,11 @@ class LabelFile:
 
     def _add_named(self, rows: list[list[str]]) -> None:
         for image, label, *_ in rows:
-            known = self._by_name.setdefault(image.removeprefix("./"), label)
+            name = image.removeprefix("./")
+            known = self._by_name.setdefault(name, label)
             if known != label:
                 raise ValueError(
-                    f"shard.labels: {self.path} gives {image} two classes, {known} and {label}; keep one of its lines."
+                    f"shard.labels: {self.path} gives {name} two classes, {known} and {label}; keep one of its lines."
                 )
 
 

@@ -42,16 +42,19 @@ def _text_rows(file: Path) -> Iterator[tuple[str, str | None]]:
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         # Without strict, a quote that is not closed makes one label of all that follows.
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+        whole = 0  # lines of whole rows; the reader's own count stands anywhere within the row that it stops at
         try:
             rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
             _refuse_columns(file, rows.fieldnames)
+            whole = rows.line_num
             for row in rows:
                 if not (row[PATH] or "").strip() or None in row or None in row.values():
                     raise ValueError(f"shard.source: {file}, line {rows.line_num}: not one value for every column.")
                 yield row[PATH], _label(row.get(LABEL, ""))
+                whole = rows.line_num
         except (csv.Error, _LabelError) as error:
             raise ValueError(
-                f"shard.source: {file}, line {rows.line_num}: {error}; close every quote, and double those inside one."
+                f"shard.source: {file}, line {whole + 1}: {error}; close every quote, and double those inside one."
             ) from None
 
 

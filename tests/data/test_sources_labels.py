@@ -99,6 +99,12 @@ def test_unusable_labels_are_refused(validation, devkit, tmp_path):
     refuse(validation, tmp_path / "some.txt", f"has no class for {IMAGES[4]}")
     (tmp_path / "mixed.txt").write_text(f"{IMAGES[0]} n01\nn02\n")
     refuse(validation, tmp_path / "mixed.txt", "lines of one field and of more")
+    (tmp_path / "twice.txt").write_text(f"{IMAGES[0]} cat\n{IMAGES[1]} cat\n./{IMAGES[0]} dog\n")
+    refuse(validation, tmp_path / "twice.txt", f"gives {IMAGES[0]} two classes, cat and dog; keep one of its lines")
+    (tmp_path / "open.csv").write_text(f'{IMAGES[0]},"n01\n{IMAGES[1]},n02\n')
+    refuse(validation, tmp_path / "open.csv", "cannot read .*open.csv .*; close every quote")
+    (tmp_path / "lines.csv").write_text(f'{IMAGES[0]},"n01\n{IMAGES[1]},n02"\n')
+    refuse(validation, tmp_path / "lines.csv", "a field of several lines.*; close every quote")
     (tmp_path / "empty.txt").write_text("")
     refuse(validation, tmp_path / "empty.txt", "lines of one field and of more, or none")
     (tmp_path / "broken.tar.gz").write_bytes(b"x")
@@ -109,6 +115,38 @@ def test_unusable_labels_are_refused(validation, devkit, tmp_path):
     refuse(validation, devkit, r"names no synset \(4\)")
     (devkit / "data" / "meta.mat").write_bytes(b"x")
     refuse(validation, devkit, r"meta\.mat in .* is not the devkit's")
+
+
+def test_lines_that_say_the_same_twice_are_no_contradiction(validation, tmp_path):
+    lines = [f"{path} {label}\n" for path, label in zip(IMAGES, EXPECTED, strict=True)]
+    (tmp_path / "val.txt").write_text("".join(lines * 2))
+    assert named(scan(validation, labels=str(tmp_path / "val.txt"))) == list(zip(IMAGES, EXPECTED, strict=True))
+
+
+def test_image_names_with_blanks_need_a_csv(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "my photo 1.jpg").write_bytes(b"x")
+    (tmp_path / "names.txt").write_text("my photo 1.jpg cat\n")
+    refuse(
+        tmp_path / "in", tmp_path / "names.txt", r"no class for my photo 1\.jpg; image names with blanks need a \.csv"
+    )
+    (tmp_path / "names.csv").write_text("my photo 1.jpg,cat\n")
+    assert named(scan(tmp_path / "in", labels=str(tmp_path / "names.csv"))) == [("my photo 1.jpg", "cat")]
+
+
+def test_rejected_images_count_under_a_list_of_classes(tmp_path):
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("1.jpg"))
+        for name in ("2.jpg", "3.jpg", "4.jpg"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, "1.jpg"
+            tar.addfile(info)
+    (tmp_path / "names.txt").write_text("1.jpg cat\n2.jpg cat\n3.jpg dog\n")
+    (tmp_path / "list").write_text("cat\n")
+    source = scan(tmp_path / "val.tar", labels=str(tmp_path / "names.txt"), classes=str(tmp_path / "list"))
+    assert named(source) == [("1.jpg", "cat")]
+    assert [path for path, _ in source.rejected] == ["2.jpg", "4.jpg"]  # of 4.jpg nobody knows
+    assert source.ignored == {"images of other classes": 1}
 
 
 def test_the_devkit_without_scipy_is_one_sentence(validation, devkit, monkeypatch):

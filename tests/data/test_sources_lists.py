@@ -56,8 +56,16 @@ def test_files_that_are_not_there_are_rejected(folder):
         ("path,label\na.jpg\n", "line 2: not one value for every column"),
         ("path,label\na.jpg,1,2\n", "line 2: not one value for every column"),
         ("path,label\n,1\n", "line 2: not one value for every column"),
-        ("path,label\nimages/a.jpg,1\nimages/b.jpg,\n", r"images without \(images/b\.jpg\)"),
-        ("path,label\n" + "x" * 200_000 + ",1\n", "line 1: field larger than"),
+        (
+            "path,label\nimages/a.jpg,1\nimages/b.jpg,\n",
+            r"images without \(images/b\.jpg\); give every row of the list",
+        ),
+        ('path,label\nimages/a.jpg,"1\nimages/b.jpg,2\n', "line 2: unexpected end of data; close every quote"),
+        ('path,label\nimages/a.jpg,"1\nimages/b.jpg,2"\n', "line 2: a label of several lines; close every quote"),
+        ('path,label\nimages/a.jpg,"1"x\n', "line 2: ',' expected after '\"'"),
+        ("path,label\nimages/a.jpg,cat\n./images/a.jpg,dog\n", r"images/a\.jpg has two classes, cat and dog; keep one"),
+        ("path,label\nimages/a.jpg,\nimages/a.jpg,dog\n", r"images/a\.jpg has two classes, none and dog"),
+        ("path,label\n" + "x" * 200_000 + ",1\n", "line 2: field larger than"),
         ("path,label\n", "no image in .*list.csv"),
     ],
 )
@@ -66,6 +74,30 @@ def test_unusable_lists_are_refused(folder, text, match):
     with pytest.raises(ValueError, match=match) as error:
         scan(folder / "list.csv")
     assert str(error.value).startswith("shard.source: ")
+
+
+def test_rows_that_say_the_same_twice_are_counted(folder):
+    (folder / "list.csv").write_text("path,label\nimages/a.jpg,1\nimages/b.jpg,1\n./images/a.jpg,1\nimages/a.jpg,1\n")
+    source = scan(folder / "list.csv")
+    assert named(source) == [("images/a.jpg", "1"), ("images/b.jpg", "1")]
+    assert source.rejected == []
+    assert source.ignored == {"listed again": 2}
+
+
+def test_blanks_beside_commas_are_no_part_of_paths_and_labels(folder):
+    (folder / "images" / " d.jpg").write_bytes(b"d")
+    (folder / "list.csv").write_text("path, label\nimages/a.jpg , cat\n images/b.jpg,cat \nimages/ d.jpg,cat\n")
+    source = scan(folder / "list.csv")
+    assert named(source) == [("images/ d.jpg", "cat"), ("images/a.jpg", "cat"), ("images/b.jpg", "cat")]
+
+
+def test_rejected_rows_count_under_a_list_of_classes(folder):
+    (folder / "list.csv").write_text("path,label\nimages/a.jpg,cat\nnope.jpg,cat\nneither.jpg,dog\nimages/c.jpg,dog\n")
+    (folder / "wanted").write_text("cat\n")
+    source = scan(folder / "list.csv", classes=str(folder / "wanted"))
+    assert named(source) == [("images/a.jpg", "cat")]
+    assert [path for path, _ in source.rejected] == ["nope.jpg"]
+    assert source.ignored == {"images of other classes": 2}
 
 
 def test_only_wanted_classes_of_a_list(folder):
