@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -94,8 +96,22 @@ def _compose(command: str, overrides: list[str]) -> Any:
         for option, node in options.items():
             store.store(group=group, name=option, node=node)
     GlobalHydra.instance().clear()
+    texts = {key for key, kind in _fields(root_of(command), _groups(command)) if kind is str}
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(command, overrides)
+        return compose(command, [_quoted(word) if word.partition("=")[0] in texts else word for word in overrides])
+
+
+def _quoted(word: str) -> str:
+    """Quote a text for Hydra, whose grammar knows neither umlauts nor parentheses nor a number that is a name.
+
+    What the user has quoted, and an interpolation as a whole, stay as they are.
+    """
+    key, _, value = word.partition("=")
+    if not value or value.startswith("${") or re.fullmatch(r"(['\"]).*\1", value, re.DOTALL):
+        return word
+    # In Hydra's quotes a backslash means itself, but for those before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def _explain(command: str, error: Exception) -> str:
@@ -104,26 +120,28 @@ def _explain(command: str, error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     text = " ".join(str(error).split("\n")[0].split())
     if key and "not in" in str(cause):
-        close = difflib.get_close_matches(key, _keys(root_of(command), _groups(command)), n=1, cutoff=0.75)
+        keys = [known for known, _ in _fields(root_of(command), _groups(command))]
+        close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else f"`coldpress {command} --help` lists the keys."
         return f"{key} is not a key of coldpress {command}; {hint}"
     if key:
         reason = " ".join(str(cause).split("\n")[0].split())
         return f"{key}: {reason}; `coldpress {command} --help` shows its type and default."
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read ({text}); quote the value if it holds special characters."
+        key, _, value = error.override.partition("=")
+        return f"{error.override} cannot be read ({text}); a text with special characters is \"{key}='{value}'\"."
     return f"{text.rstrip('.')}; `coldpress {command} --help` shows keys and groups."
 
 
-def _keys(node: type[Any], groups: Groups, prefix: str = "") -> list[str]:
-    names: list[str] = []
+def _fields(node: type[Any], groups: Groups, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the type of every field, those of all options of a group among them."""
+    types = get_type_hints(node)
     for entry in fields(node):
-        names.append(prefix + entry.name)
+        yield prefix + entry.name, types[entry.name]
         default = entry.default_factory() if callable(entry.default_factory) else None
         options = [*groups.get(prefix + entry.name, {}).values(), type(default)]
         for option in filter(is_dataclass, options):
-            names += _keys(cast(type[Any], option), groups, f"{prefix}{entry.name}.")
-    return names
+            yield from _fields(cast(type[Any], option), groups, f"{prefix}{entry.name}.")
 
 
 def root_of(command: str) -> type[Any]:

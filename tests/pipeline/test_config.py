@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from pipeline import compose
 from pipeline.compose import ROOTS, load
@@ -84,7 +86,8 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["run=a/b"], "run must be a plain name without slashes, got 'a/b'; use runs=DIR for the place."),
         (["model.patch_size=17"], "model.patch_size must divide model.image_size=224, got 17"),
         (["batch_size"], "batch_size is not key=value"),
-        (["run=[1"], "run=[1 cannot be read"),
+        (["batch_size=(1"], "batch_size=(1 cannot be read"),
+        (["seed=é"], "a text with special characters is \"seed='é'\"."),
         (["probe.share=1"], "probe.share must be a share of the time in [0, 1), got 1; 0 is off."),
         (["probe.k=0"], "probe.support, probe.queries and probe.k must be at least 1"),
         (["monitor.port=-1"], "monitor.port must be in [0, 65535], got -1"),
@@ -111,3 +114,29 @@ def test_refusals_of_other_commands(command: str, overrides: list[str], sentence
     with pytest.raises(ValueError) as refusal:
         load(command, overrides)
     assert sentence in str(refusal.value)
+
+
+# Of OmegaConf's and Hydra's own marks: interpolations, the missing value, quotes around a whole text.
+PLAIN = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda text: "${" not in text and text != "???" and not (text[0] == text[-1] and text[0] in "'\"")
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PLAIN)
+@example("h/für (alt) {1} & [2], ~=;")
+@example("007")
+@example("null")
+@example("it's a \\'quote\\")
+def test_texts_arrive_as_they_are(text: str) -> None:
+    assert load("train", [f"data.shards={text}", "run=x", "budget.value=1"]).data.shards == text
+
+
+@pytest.mark.parametrize("word", ["'a b'", '"a b"'])
+def test_what_is_quoted_is_not_quoted_again(word: str) -> None:
+    assert load("shard", [f"source={word}", "output=x"]).source == "a b"
+
+
+def test_interpolations_are_resolved() -> None:
+    config = load("shard", ["source=${output}", "output=ü", "labels=${output}/labels"])
+    assert (config.source, config.labels) == ("ü", "ü/labels")
