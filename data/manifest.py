@@ -221,6 +221,6 @@ def _fill(into: NDArray[np.int64], extension: str, fields: list[list[str]], path
         ) from None
 
 
-def sample_checksum(label: bytes, image: bytes) -> int:
+def sample_checksum(label: bytes, image: bytes | memoryview) -> int:
     """Return the CRC-32 of a sample's label and image, which its json member holds; fast enough for every read."""
     return zlib.crc32(image, zlib.crc32(label))

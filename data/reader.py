@@ -16,6 +16,7 @@ from data.open_files import OpenFiles
 
 _TAR_BLOCK, _TAR_NAME, _TAR_SIZE = 512, 100, slice(124, 136)
 _MOST_FACTS = 1 << 20
+_USUAL_HEADER = 4096  # bytes before the first scan; an EXIF thumbnail makes it longer
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,23 @@ class Reader:
         index = self._index
         image, facts = self._image_and_facts(path, int(index.offset[sample]), int(index.size[sample]))
         label = self._whole(path, int(index.label_size[sample]), int(index.label_offset[sample]))
-        if sample_checksum(label, image) != _checksum(facts):
+        if sample_checksum(label, image.data) != _checksum(facts):
             raise _DamagedError("its checksum is another")
         height, width = self._size(image)
-        return Sample(sample, np.frombuffer(image, np.uint8), height, width, self._class_id(label))
+        return Sample(sample, image, height, width, self._class_id(label))
 
-    def _image_and_facts(self, path: Path, offset: int, size: int) -> tuple[bytes, bytes]:
+    def _image_and_facts(self, path: Path, offset: int, size: int) -> tuple[NDArray[np.uint8], bytes]:
         """Read the image, and in one go the member after it, which says what was packed."""
         padded = -(-size // _TAR_BLOCK) * _TAR_BLOCK
         content = self._whole(path, padded + 2 * _TAR_BLOCK, offset)
-        image, header, facts = content[:size], content[padded : padded + _TAR_BLOCK], content[padded + _TAR_BLOCK :]
+        header, facts = content[padded : padded + _TAR_BLOCK], content[padded + _TAR_BLOCK :]
         try:
             facts_size = int(header[_TAR_SIZE].rstrip(b"\0 "), 8)
         except ValueError:
             raise _DamagedError("no facts follow it") from None
         if facts_size > _TAR_BLOCK:
             facts = self._whole(path, min(facts_size, _MOST_FACTS), offset + padded + _TAR_BLOCK)
-        return image, facts[:facts_size]
+        return np.frombuffer(content, np.uint8, count=size), facts[:facts_size]
 
     def _whole(self, path: Path, size: int, offset: int) -> bytes:
         content = self._files.read(path, size, offset) if size else b""
@@ -119,8 +120,9 @@ class Reader:
             raise _DamagedError(f"{len(content)} of {size} bytes")
         return content
 
-    def _size(self, image: bytes) -> tuple[int, int]:
-        header, manifest = read_header(image), self._index.manifest
+    def _size(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+        manifest = self._index.manifest
+        header = read_header(image[:_USUAL_HEADER].tobytes()) or read_header(image.tobytes())
         if header is None:
             raise _DamagedError("no header of a JPEG")
         if header.height > manifest.max_height or header.width > manifest.max_width:
