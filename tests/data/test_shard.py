@@ -21,6 +21,7 @@ import webdataset
 from PIL import Image
 
 from data import pack
+from data import shard as shard_module
 from data.ledger import LEDGER_NAME, Ledger
 from data.manifest import MANIFEST_NAME, Manifest
 from data.rejected import REJECTED_NAME, count_reasons
@@ -309,6 +310,84 @@ def test_an_unfinished_output_of_another_plan_is_refused(drawn_folder, tmp_path)
         run(config)
     config.seed = 0
     run(config)  # the refused command has let go of the output
+
+
+@pytest.fixture
+def finished(damaged, tmp_path) -> ShardConfig:
+    """Return the command of a set that is finished, with two rejected images."""
+    config = ShardConfig(str(damaged), str(tmp_path / "out"), samples_per_shard=10, workers=1, max_rejected=2)
+    run(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "victims",
+    [
+        ["train-000003.tar"],
+        ["train-000003.idx"],
+        [REJECTED_NAME],
+        ["train-000000.tar", "train-000004.idx", REJECTED_NAME],
+    ],
+)
+@pytest.mark.parametrize("loss", ["missing", "cut", "folder"])
+def test_the_same_command_again_mends_a_finished_set(finished, victims, loss, capsys):
+    output = Path(finished.output)
+    whole = content(output)
+    for name in victims:
+        (output / name).unlink()
+        if loss == "cut":
+            (output / name).write_bytes(whole[name][:-1])
+    kept = {name: (output / name).stat().st_ino for name in whole.keys() - set(victims)}
+    capsys.readouterr()
+    if loss == "folder":
+        (output / LEDGER_NAME).mkdir()  # of a command that was killed while it mended
+    run(finished)
+    assert content(output) == whole
+    assert {name: (output / name).stat().st_ino for name in kept} == kept
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in victims)
+    assert f"{len(victims)} files written again; {output} holds this set already: 48 samples" in printed
+
+
+def test_what_is_mended_is_what_it_was_or_nothing(finished, monkeypatch):
+    output = Path(finished.output)
+    whole = content(output)
+    (output / REJECTED_NAME).unlink()
+    (output / "train-000002.tar").unlink()
+    real = pack.as_jpeg
+    monkeypatch.setattr(pack, "as_jpeg", lambda *given: real(*given)._replace(width=47))  # another decoder
+    with pytest.raises(ValueError, match=r"is damaged, and written again it is another file"):
+        run(finished)
+    monkeypatch.undo()
+    left = content_of_files(output)
+    assert left == {name: whole[name] for name in left}
+    run(finished)
+    assert content(output) == whole
+
+
+def content_of_files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_a_finished_set_is_not_written_to(finished):
+    before = Path(finished.output).stat().st_mtime_ns
+    run(finished)
+    assert Path(finished.output).stat().st_mtime_ns == before
+
+
+def test_a_set_finished_meanwhile_is_kept(drawn_folder, drawn_shards, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    real = shard_module.Ledger.__enter__
+
+    def finish_first(ledger):
+        monkeypatch.setattr(shard_module.Ledger, "__enter__", real)
+        run(ShardConfig(str(drawn_folder), str(output), samples_per_shard=10, workers=1))
+        return ledger.__enter__()
+
+    monkeypatch.setattr(shard_module.Ledger, "__enter__", finish_first)
+    with pytest.raises(ValueError, match="other options or another source"):
+        run(ShardConfig(str(drawn_folder), str(output), samples_per_shard=10, seed=7, workers=1))
+    assert content_of_files(output) == content(drawn_shards)
 
 
 SLOW_PACKING = """

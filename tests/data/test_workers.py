@@ -1,7 +1,11 @@
+import operator
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,3 +65,45 @@ def test_tasks_are_taken_a_few_ahead(processes):
     for done, _ in enumerate(run_tasks(abs, tasks(), processes), start=1):
         assert len(taken) <= done + 2 * TASKS_AHEAD * processes
     assert len(taken) == done == 50
+
+
+def test_workers_never_see_ctrl_c():
+    blocked = partial(signal.pthread_sigmask, signal.SIG_BLOCK, [])  # returns what is blocked already
+    assert [signal.SIGINT in each for each in run_tasks(operator.call, [blocked] * 2, 2)] == [True, True]
+    assert signal.SIGINT not in blocked()
+
+
+LEFT_EARLY = """
+import multiprocessing, time
+from contextlib import closing, suppress
+from data.workers import run_tasks
+
+class Leaving(Exception):
+    pass
+
+with suppress(Leaving), closing(run_tasks(time.sleep, [0.0] + 9 * [600.0], 2)) as results:
+    for result in results:
+        raise Leaving
+print(len(multiprocessing.active_children()))
+with suppress(ValueError):
+    list(run_tasks(time.sleep, [-1.0] + 9 * [600.0], 2))
+print(len(multiprocessing.active_children()))
+"""
+
+
+def test_what_is_left_early_does_not_wait_for_tasks():
+    result = subprocess.run(
+        [sys.executable, "-c", LEFT_EARLY],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert (result.stdout.split(), result.stderr) == (["0", "0"], "")
+
+
+def test_tasks_larger_than_a_pipe_can_be_left(tmp_path):
+    # Those that wait for a process are on their way to it, and nobody reads them any more.
+    with closing(run_tasks(len, [bytes(10**6)] * 50, 2)) as results:
+        assert next(results) == 10**6
