@@ -207,6 +207,8 @@ def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: 
     listed = encode_rejected(rejected) if rejected else b""
     if listed:
         write_atomically(output / REJECTED_NAME, listed)
+    else:
+        (output / REJECTED_NAME).unlink(missing_ok=True)  # of an attempt before images could be read
     if len(rejected) > config.max_rejected:
         raise ValueError(
             f"shard.max_rejected: {len(rejected)} images are rejected, {config.max_rejected} may be "
