@@ -81,9 +81,9 @@ class Source:
         """Return the images of some rows, in that order."""
         return self._table.take(rows, self._labels)
 
-    def _duplicates(self, superseded: list[tuple[int, int]], wanted: frozenset[str]) -> Iterator[tuple[str, str]]:
+    def _duplicates(self, superseded: NDArray[np.uint32], wanted: frozenset[str]) -> Iterator[tuple[str, str]]:
         """Yield (path, reason) of rows that a later one of their name replaces; count those that say the same twice."""
-        for row, later in superseded:
+        for row, later in superseded.tolist():
             if self._table.are_one_extent(row, later):
                 self._refuse_two_classes(row, later)
                 self.ignored["listed again"] += 1
@@ -201,16 +201,14 @@ def _add_labels(ids: ClassIds, table: Table, labels: Iterator[str | None]) -> st
     return f"{total % (1 << 128):032x}"
 
 
-def _canonical(table: Table) -> tuple[NDArray[np.uint32], list[tuple[int, int]]]:
-    """Return the rows in the order of their names' hashes, of one name the last; and (other row, next of its name)."""
+def _canonical(table: Table) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return the rows in the order of their names' hashes, of one name the last; and (row, next of its name) [n, 2]."""
     rows = table.sorted_rows()
-    superseded, pairs = np.zeros(len(rows), bool), []
+    superseded = np.zeros(len(rows), bool)
     if len(rows):
         np.equal(table.keys_of(rows[1:]), table.keys_of(rows[:-1]), out=superseded[:-1])
     for place in np.flatnonzero(superseded).tolist():
-        row, later = int(rows[place]), int(rows[place + 1])
         # As in tar, the last of several of one name counts. Of different names, hashes are as good as never equal.
-        superseded[place] = table.name(row) == table.name(later)
-        if superseded[place]:
-            pairs.append((row, later))
-    return rows[~superseded], pairs
+        superseded[place] = table.name(int(rows[place])) == table.name(int(rows[place + 1]))
+    places = np.flatnonzero(superseded)
+    return rows[~superseded], np.stack((rows[places], rows[places + 1]), axis=1)

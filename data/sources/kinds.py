@@ -10,7 +10,7 @@ from pathlib import Path
 from data.sources.entries import REMEDY, Entry, ignored, is_hidden, is_image, is_packed_tar, is_tar, packed_tar
 from data.sources.folder import scan_folder
 from data.sources.lists import LIST_SUFFIXES, scan_list
-from data.sources.ours import is_of_the_set, refuse_unfinished, whole_set
+from data.sources.ours import files_beside, refuse_unfinished, whole_set
 from data.sources.tars import scan_class_tars, scan_tar
 from data.sources.webdataset import TarKind, kind_of, scan_shards
 
@@ -60,32 +60,32 @@ def _list_folder(path: Path, wanted: frozenset[str], has_labels: bool) -> Listin
         entries = sorted(found, key=lambda entry: entry.name)
     tars = [Path(entry.path) for entry in entries if is_tar(entry.name)]
     packed = [entry.path for entry in entries if is_packed_tar(entry.name)]
-    images = [
-        entry.name
-        for entry in entries
-        if (os.path.isdir(entry.path) or is_image(entry.name)) and not is_hidden(entry.name)
-    ]
-    if packed and (tars or not images):  # beside class folders it may be anything
+    image = next((entry.name for entry in entries if _is_image_or_folder(entry)), None)
+    if packed and (tars or image is None):  # beside class folders it may be anything
         raise packed_tar(packed[0])
+    manifest = whole_set(path, tars) if image is None else None
     if not tars:
         return Listing(scan_folder(path, wanted), path)
-    if images:
-        raise ValueError(f"shard.source: {path} holds tars and, beside them, {images[0]}; {REMEDY}.")
-    beside = [entry.name for entry in entries if not is_tar(entry.name)]
-    return _list_tars(path, tars, beside, wanted, has_labels)
-
-
-def _list_tars(path: Path, tars: list[Path], beside: list[str], wanted: frozenset[str], has_labels: bool) -> Listing:
-    manifest = whole_set(path, tars)
+    if image is not None:
+        raise ValueError(f"shard.source: {path} holds tars and, beside them, {image}; {REMEDY}.")
+    others = (entry.name for entry in entries if not is_tar(entry.name))
     if manifest is not None:
-        beside = [name for name in beside if not is_of_the_set(name, manifest)]
-        entries = chain(map(ignored, beside), scan_shards(tars, manifest.classes))
-        return Listing(entries, path, named=True, classes=manifest.classes)
-    others = map(ignored, beside)
+        beside = map(ignored, sorted(set(others) - files_beside(manifest)))
+        return Listing(chain(beside, scan_shards(tars, manifest.classes)), path, named=True, classes=manifest.classes)
+    return _list_tars(path, tars, map(ignored, others), wanted, has_labels)
+
+
+def _is_image_or_folder(entry: "os.DirEntry[str]") -> bool:
+    return not is_hidden(entry.name) and (is_image(entry.name) or os.path.isdir(entry.path))
+
+
+def _list_tars(
+    path: Path, tars: list[Path], beside: Iterator[Entry], wanted: frozenset[str], has_labels: bool
+) -> Listing:
     named_by_class = any(tar.stem in wanted for tar in tars)
     if not named_by_class and _are_shards(path, tars, has_labels):
-        return Listing(chain(others, scan_shards(tars, None)), path, named=True)
-    return Listing(chain(others, scan_class_tars(tars, wanted)), path)
+        return Listing(chain(beside, scan_shards(tars, None)), path, named=True)
+    return Listing(chain(beside, scan_class_tars(tars, wanted)), path)
 
 
 def _are_shards(folder: Path, tars: list[Path], has_labels: bool) -> bool:

@@ -40,10 +40,10 @@ def whole_set(folder: Path, tars: list[Path]) -> Manifest | None:
     return manifest
 
 
-def is_of_the_set(name: str, manifest: Manifest) -> bool:
-    """Tell whether a file beside the tars is one that coldpress writes."""
-    own = {index_path(Path(shard.name)).name for shard in manifest.shards}
-    return name in own | {MANIFEST_NAME, REJECTED_NAME, UNFINISHED_NAME}
+def files_beside(manifest: Manifest) -> frozenset[str]:
+    """Return the names of what coldpress writes beside the tars of a set."""
+    indexes = (index_path(Path(shard.name)).name for shard in manifest.shards)
+    return frozenset((*indexes, MANIFEST_NAME, REJECTED_NAME, UNFINISHED_NAME))
 
 
 def _is_ours(path: Path) -> bool:

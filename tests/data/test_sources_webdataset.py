@@ -275,6 +275,12 @@ def test_a_set_of_ours_that_is_not_whole_is_refused(drawn_shards, tmp_path, dama
         scan(tmp_path / "set")
 
 
+def test_a_set_of_ours_without_any_tar_is_refused(drawn_shards, tmp_path):
+    shutil.copytree(drawn_shards, tmp_path / "set", ignore=shutil.ignore_patterns("*.tar"))
+    with pytest.raises(ValueError, match=r"train-000000\.tar is missing"):
+        scan(tmp_path / "set")
+
+
 def test_the_name_of_an_unfinished_set_is_the_ledgers():
     assert UNFINISHED_NAME == LEDGER_NAME
 
