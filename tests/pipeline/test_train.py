@@ -269,7 +269,8 @@ def test_a_broken_sample_is_named_counted_and_survived(train: Train, damaged_sha
     said = life.succeed()
     assert said.count("the next good one takes its place (1 of at most 100)") in (1, 2)
     assert len(life.losses()) == STEPS
-    assert life.rows()[-1]["bad_samples_total"] in (0, 1)
+    # Over the epochs the sample comes to either process, which each finds it for itself.
+    assert life.rows()[-1]["bad_samples_total"] in (1, 2)
 
 
 def test_one_broken_sample_too_many_is_one_sentence(train: Train, damaged_shards: Path) -> None:

@@ -58,8 +58,9 @@ def test_the_fastest_has_the_smallest_median_not_the_smallest_round() -> None:
 def test_a_round_costs_what_its_batches_cost() -> None:
     result = measure(burning(0.05), batches=4, batch_size=10)
     assert result.images == 40
-    assert 0.2 <= result.cpu_seconds < 0.4
-    assert result.wall_seconds >= 0.2
+    # Clocks of threads and of the wall differ by a tick.
+    assert 0.19 <= result.cpu_seconds < 0.4
+    assert result.wall_seconds >= 0.19
 
 
 def test_streams_take_turns_and_are_closed() -> None:
