@@ -93,26 +93,27 @@ class Reader:
             raise ValueError(f"{origin}: {error.strerror}; check the file system.") from error
 
     def _sample_in(self, path: Path, sample: int) -> Sample:
-        index = self._index
-        image, facts = self._image_and_facts(path, int(index.offset[sample]), int(index.size[sample]))
-        label = self._whole(path, int(index.label_size[sample]), int(index.label_offset[sample]))
+        label, image, facts = self._members(path, sample)
         if sample_checksum(label, image.data) != _checksum(facts):
             raise _DamagedError("its checksum is another")
         height, width = self._size(image)
         return Sample(sample, image, height, width, self._class_id(label))
 
-    def _image_and_facts(self, path: Path, offset: int, size: int) -> tuple[NDArray[np.uint8], bytes]:
-        """Read the image, and in one go the member after it, which says what was packed."""
-        padded = -(-size // _TAR_BLOCK) * _TAR_BLOCK
-        content = self._whole(path, padded + 2 * _TAR_BLOCK, offset)
-        header, facts = content[padded : padded + _TAR_BLOCK], content[padded + _TAR_BLOCK :]
+    def _members(self, path: Path, sample: int) -> tuple[bytes, NDArray[np.uint8], bytes]:
+        """Read label, image and what was said of it: members that follow each other, hence in one go."""
+        index = self._index
+        offset, size, label_size = (int(each[sample]) for each in (index.offset, index.size, index.label_size))
+        start = int(index.label_offset[sample]) if label_size else offset
+        header = offset - start + -(-size // _TAR_BLOCK) * _TAR_BLOCK
+        content = self._whole(path, header + 2 * _TAR_BLOCK, start)
         try:
-            facts_size = int(header[_TAR_SIZE].rstrip(b"\0 "), 8)
+            facts_size = int(content[header:][_TAR_SIZE].rstrip(b"\0 "), 8)
         except ValueError:
             raise _DamagedError("no facts follow it") from None
+        facts = content[header + _TAR_BLOCK :]
         if facts_size > _TAR_BLOCK:
-            facts = self._whole(path, min(facts_size, _MOST_FACTS), offset + padded + _TAR_BLOCK)
-        return np.frombuffer(content, np.uint8, count=size), facts[:facts_size]
+            facts = self._whole(path, min(facts_size, _MOST_FACTS), start + header + _TAR_BLOCK)
+        return content[:label_size], np.frombuffer(content, np.uint8, size, offset - start), facts[:facts_size]
 
     def _whole(self, path: Path, size: int, offset: int) -> bytes:
         content = self._files.read(path, size, offset) if size else b""

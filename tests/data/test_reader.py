@@ -93,7 +93,7 @@ def test_a_tar_cut_after_the_start_is_named(copied_shards: Path) -> None:
     reader, index = open_set(copied_shards)
     with index.paths[0].open("r+b") as tar:
         tar.truncate(int(index.offset[0]) + 10)
-    assert re.search(r"sample \w+\.jpg is not .*10 of \d+ bytes", only(reader.read([0])))
+    assert re.search(r"sample \w+\.jpg is not .*\d+ of \d+ bytes", only(reader.read([0])))
 
 
 @pytest.fixture
