@@ -15,11 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data.manifest import MANIFEST_NAME, Shard
+from data.manifest import LEDGER_NAME, MANIFEST_NAME, Shard
 from data.pack import PackedShard
 from data.publishing import remove_temporaries, write_atomically
-
-LEDGER_NAME = ".unfinished"
 
 
 class Ledger:

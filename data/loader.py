@@ -3,7 +3,7 @@
     order -> sample ids of this rank's share -> bytes, read ahead by threads -> DALI, ahead of the model -> Batch
 
 Nothing forks, and nothing holds random state: `Loader.batches(start)` yields the same samples and pixels after a
-restart, with other ranks, batch sizes or threads.
+restart, with other ranks, batch sizes or threads; only what stands for a broken sample depends on the batch size.
 """
 
 import logging

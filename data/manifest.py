@@ -17,6 +17,8 @@ from data.publishing import write_atomically
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+LEDGER_NAME = ".unfinished"
+"""The folder in a set that is not finished; see `data.ledger`."""
 INDEX_VERSION = "v1.2"
 _REMEDY = "copy it again, or run the `coldpress shard` command of this set once more: it mends what is damaged"
 

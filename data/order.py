@@ -5,7 +5,6 @@ so the state of the data in a run is one integer, whatever the number of ranks. 
 state: every draw is a counter-based hash, the same on every machine and with every version of numpy.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -77,7 +76,7 @@ class ShuffledOrder:
     the lanes it reads the shards of lanes / R of them, near-sequentially, and where it does not, ranks share lanes.
     The sequence itself knows nothing of ranks.
 
-    Threads may share an order. ``counts``: samples per shard. ``lanes`` grows with the number of shards, to 64.
+    ``counts``: samples per shard. ``lanes`` grows with the number of shards, to 64.
     """
 
     def __init__(self, counts: Sequence[int], seed: int) -> None:
@@ -88,7 +87,6 @@ class ShuffledOrder:
         self.lanes = 1 << (most.bit_length() - 1)
         self.window = max(_LEAST_WINDOW, _SHARDS_MIXED // self.lanes)
         self._permutations: dict[int, NDArray[np.int64]] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -104,11 +102,10 @@ class ShuffledOrder:
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample ids of an epoch in order [N], keeping only the last two epochs asked for."""
-        with self._lock:
-            if epoch not in self._permutations:
-                near = {key: ids for key, ids in self._permutations.items() if key == epoch - 1}
-                self._permutations = {**near, epoch: self._draw(epoch)}
-            return self._permutations[epoch]
+        if epoch not in self._permutations:
+            near = {key: ids for key, ids in self._permutations.items() if key == epoch - 1}
+            self._permutations = {**near, epoch: self._draw(epoch)}
+        return self._permutations[epoch]
 
     def _draw(self, epoch: int) -> NDArray[np.int64]:
         shards = np.argsort(hashed(_SHARDS, self.seed, epoch, np.arange(len(self.counts))), kind="stable")

@@ -17,7 +17,7 @@ from data.sources.extents import ExtentReader
 from data.sources.table import SourceImage, SourceSlice
 
 KEY_DIGITS = 9
-BLOCK = 512  # a tar's unit: headers take one, contents are padded to a multiple
+BLOCK = tarfile.BLOCKSIZE  # headers take one, contents are padded to a multiple
 _WRITTEN_AT_ONCE = 1 << 20  # bytes
 MAX_ENCODED_BYTES = 1 << 28  # of one image; photographs stay below a tenth
 
@@ -114,9 +114,8 @@ def _add_images(writer: "_TarWriter", task: ShardTask) -> _Seen:
 
 def _facts(path: str, label: bytes, jpeg: Jpeg) -> bytes:
     """Return the json member; readers hold label and image against its checksum."""
-    checksum = sample_checksum(label, jpeg.content)
-    facts = f'"crc32": {checksum}, "path": {json.dumps(path)}, "width": {jpeg.width}, "height": {jpeg.height}'
-    return f"{{{facts}}}".encode("ascii")
+    facts = {"crc32": sample_checksum(label, jpeg.content), "path": path, "width": jpeg.width, "height": jpeg.height}
+    return json.dumps(facts).encode("ascii")
 
 
 def _convert(reader: ExtentReader, image: SourceImage, policy: ImagePolicy) -> Jpeg:

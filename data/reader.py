@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from data.jpeg import read_header
 from data.manifest import SampleIndex, sample_checksum
 from data.open_files import OpenFiles
 
-_TAR_BLOCK, _TAR_NAME, _TAR_SIZE = 512, 100, slice(124, 136)
+_NAME_BYTES, _SIZE_FIELD = 100, slice(124, 136)  # of a tar's header
 _MOST_FACTS = 1 << 20
 _USUAL_HEADER = 4096  # bytes before the first scan; an EXIF thumbnail makes it longer
 
@@ -66,7 +67,7 @@ class Reader:
         """Return what to say about a sample that cannot be used."""
         path = self._index.paths[self._index.shard[sample]]
         try:
-            header = self._files.read(path, _TAR_NAME, int(self._index.offset[sample]) - _TAR_BLOCK)
+            header = self._files.read(path, _NAME_BYTES, int(self._index.offset[sample]) - BLOCKSIZE)
         except OSError:
             header = b"?"
         # Raw bytes of a damaged tar could steer the terminal that shows them.
@@ -104,19 +105,19 @@ class Reader:
         index = self._index
         offset, size, label_size = (int(each[sample]) for each in (index.offset, index.size, index.label_size))
         start = int(index.label_offset[sample]) if label_size else offset
-        header = offset - start + -(-size // _TAR_BLOCK) * _TAR_BLOCK
-        content = self._whole(path, header + 2 * _TAR_BLOCK, start)
+        header = offset - start + -(-size // BLOCKSIZE) * BLOCKSIZE
+        content = self._whole(path, header + 2 * BLOCKSIZE, start)
         try:
-            facts_size = int(content[header:][_TAR_SIZE].rstrip(b"\0 "), 8)
+            facts_size = int(content[header:][_SIZE_FIELD].rstrip(b"\0 "), 8)
         except ValueError:
             raise _DamagedError("no facts follow it") from None
-        facts = content[header + _TAR_BLOCK :]
-        if facts_size > _TAR_BLOCK:
-            facts = self._whole(path, min(facts_size, _MOST_FACTS), start + header + _TAR_BLOCK)
+        facts = content[header + BLOCKSIZE :]
+        if facts_size > BLOCKSIZE:
+            facts = self._whole(path, min(facts_size, _MOST_FACTS), start + header + BLOCKSIZE)
         return content[:label_size], np.frombuffer(content, np.uint8, size, offset - start), facts[:facts_size]
 
     def _whole(self, path: Path, size: int, offset: int) -> bytes:
-        content = self._files.read(path, size, offset) if size else b""
+        content = self._files.read(path, size, offset)
         if len(content) != size:
             raise _DamagedError(f"{len(content)} of {size} bytes")
         return content

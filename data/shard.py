@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.images import ImagePolicy
-from data.ledger import LEDGER_NAME, Ledger, refuse_other_plan
-from data.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from data.ledger import Ledger, refuse_other_plan
+from data.manifest import LEDGER_NAME, MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from data.pack import PackedShard, ShardTask, keep_or_pack
 from data.publishing import write_atomically
 from data.rejected import REJECTED_NAME, Rejected, count_reasons, encode_rejected

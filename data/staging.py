@@ -43,7 +43,7 @@ def needs(order: ShuffledOrder, start: int, rank: int, world_size: int) -> Itera
     The rank takes the places start + rank, start + rank + world_size, and so on. A shard that a boundary of lanes
     cuts is needed twice, at the end of one lane and at the beginning of another.
     """
-    # Its own, since it draws epochs long before they are trained on.
+    # Its own: it draws epochs long before they are trained on, and in another thread.
     ahead = ShuffledOrder(order.counts.tolist(), order.seed)
     shard_of_sample = np.repeat(np.arange(len(order.counts)), order.counts)
     size = len(order)
@@ -133,7 +133,7 @@ class Stage(Originals):
         """Say that everything before a place of the run has been read; what is no longer needed may go."""
         with self._changed:
             self._place = place
-            for shard in [shard for shard, last in self._last_use.items() if last < place and shard in self._copies]:
+            for shard in [shard for shard in self._copies if self._last_use[shard] < place]:
                 self._evict(shard)
             self._changed.notify_all()
 
@@ -228,8 +228,8 @@ class Stage(Originals):
 
     def _evict(self, shard: int) -> None:
         copy = self._copies.pop(shard)
-        self._forget(copy)
         _delete(copy)
+        self._forget(copy)  # only now: deleted, it cannot be opened anew
         self._used -= self._sizes[shard]
 
 

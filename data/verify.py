@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.ledger import LEDGER_NAME
-from data.manifest import MANIFEST_NAME, Manifest, index_path
+from data.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest, index_path
 from data.rejected import REJECTED_NAME, count_rejected
 from data.shuffle_quality import LEAST_QUALITY, ShuffleQuality, measure
 from data.verify_shard import ShardCheck, ShardReport, check_shard

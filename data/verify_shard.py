@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import KEPT, MAX_SIDE, PILLOW_MAX_PIXELS, ImagePolicy, RejectedError, as_jpeg
-from data.manifest import INDEX_VERSION, Shard, index_path
+from data.manifest import INDEX_VERSION, Shard, index_path, sample_checksum
 from data.ustar import HashedTar, Member, TarDamageError
 
 MOST_FINDINGS = 20  # that a shard lists; a broken one has thousands
@@ -138,7 +138,7 @@ def _check_sample(
         return
     if check.classes:
         _check_label(key, members[0].content, check.classes, said, report)
-    _check_facts(key, members[-1].content, said, report)
+    _check_facts(key, members, said, report)
     if check.deep or len(rows) == 1 + check.shard.samples // 2:
         _check_decodes(key, members[-2].content, said, report)
 
@@ -159,12 +159,17 @@ def _check_label(key: str, label: bytes, classes: int, said: Facts, report: Shar
         report.find(f"sample {key} has label {label[:40]!r}, there are {classes} classes")
 
 
-def _check_facts(key: str, content: bytes, said: Facts, report: ShardReport) -> None:
+def _check_facts(key: str, members: list[Member], said: Facts, report: ShardReport) -> None:
+    *label, image, content = (member.content for member in members)
     try:
         facts: Any = json.loads(content)
+        checksum = int(facts["crc32"])
         said.path, said.height, said.width = str(facts["path"]), int(facts["height"]), int(facts["width"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        report.find(f"sample {key} has no path, height and width in its json")
+        report.find(f"sample {key} has no path, height, width and crc32 in its json")
+        return
+    if checksum != sample_checksum(b"".join(label), image):
+        report.find(f"sample {key} does not have the checksum in its json")
 
 
 def _check_decodes(key: str, content: bytes, said: Facts, report: ShardReport) -> None:

@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.schedules",
         "data",
     },
-    "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.manifest", "data.views"},
+    "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.dali", "data.manifest", "data.views"},
     "pipeline.plan": {"pipeline.train"},
     "pipeline.cli": {"pipeline.compose", "pipeline.preemption", "data.verify"},
 }

@@ -130,7 +130,7 @@ def build_graph(
         encoded, *numbers, tags = fn.external_source(
             source=feed, num_outputs=len(dtypes), dtype=dtypes, ndim=[1] * len(dtypes), batch=True
         )
-        image = _decode(encoded, on_gpu, decoding)
+        image = decode(encoded, on_gpu, decoding)
         views = []
         for k in range(len(specs)):
             inputs = {name: numbers.pop(0) for name in names[k]}
@@ -150,7 +150,7 @@ def build_graph(
     return define()
 
 
-def _decode(encoded: Any, on_gpu: bool, decoding: Decoding) -> Any:
+def decode(encoded: Any, on_gpu: bool, decoding: Decoding) -> Any:
     """Decode to RGB as torchvision does: chroma upsampled smoothly, no rotation by EXIF."""
     height, width = decoding.reserved()
     hardware: dict[str, Any] = {

@@ -7,17 +7,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.manifest import MANIFEST_NAME, Manifest, Shard, index_path
+from data.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest, Shard, index_path
 from data.publishing import file_sha256
 from data.rejected import REJECTED_NAME
 
-UNFINISHED_NAME = ".unfinished"  # as data.ledger, which imports this room, calls the folder
 _OUR_WORDS = (b'"schema_version"', b'"index_sha256"')  # one flipped byte leaves one of them
 
 
 def refuse_unfinished(folder: Path) -> None:
     """Raise ValueError for a set that an interrupted command left."""
-    if (folder / UNFINISHED_NAME).exists() and not (folder / MANIFEST_NAME).exists():
+    if (folder / LEDGER_NAME).exists() and not (folder / MANIFEST_NAME).exists():
         raise ValueError(
             f"shard.source: {folder} is an unfinished set of shards; finish it with the command that began it, or "
             "give its own source."
@@ -43,7 +42,7 @@ def whole_set(folder: Path, tars: list[Path]) -> Manifest | None:
 def files_beside(manifest: Manifest) -> frozenset[str]:
     """Return the names of what coldpress writes beside the tars of a set."""
     indexes = (index_path(Path(shard.name)).name for shard in manifest.shards)
-    return frozenset((*indexes, MANIFEST_NAME, REJECTED_NAME, UNFINISHED_NAME))
+    return frozenset((*indexes, MANIFEST_NAME, REJECTED_NAME, LEDGER_NAME))
 
 
 def _is_ours(path: Path) -> bool:

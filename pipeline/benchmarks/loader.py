@@ -208,15 +208,11 @@ def _rows(views: str, measured: Mapping[str, Sequence[Round]], peers: Sequence[s
 
 def _row(views: str, case: str, rounds: Sequence[Round], peer: Sequence[Round] | None) -> dict[str, Any]:
     row: dict[str, Any] = {"views": views, "case": case}
-    row |= _fields("cpu_ms", Spread.of([each.cpu_milliseconds for each in rounds]))
+    row |= Spread.of([each.cpu_milliseconds for each in rounds]).fields("cpu_ms")
     if peer:
-        row |= _fields("images_per_second", Spread.of([each.images_per_second for each in rounds]))
-        row |= _fields("ratio", ratios(peer, rounds))
+        row |= Spread.of([each.images_per_second for each in rounds]).fields("images_per_second")
+        row |= ratios(peer, rounds).fields("ratio")
     return row | {"rounds": [asdict(each) for each in rounds]}
-
-
-def _fields(name: str, spread: Spread) -> dict[str, float]:
-    return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
 
 
 def _notes(method: str, measured: Mapping[str, Sequence[Round]], samples_per_second: float) -> list[str]:

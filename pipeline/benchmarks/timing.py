@@ -55,8 +55,9 @@ class Spread:
         """Summarize at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}-{self.high:.2f}]"
+    def fields(self, name: str) -> dict[str, float]:
+        """Return the three as fields of a row of a report."""
+        return {name: self.median, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def ratios(numerator: Sequence[Round], denominator: Sequence[Round]) -> Spread:

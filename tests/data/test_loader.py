@@ -206,13 +206,6 @@ def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.fixture
-def unsealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let damage pass that a checksum would find, as if it had been packed."""
-    monkeypatch.setattr("data.reader.sample_checksum", lambda *_: 0)
-    monkeypatch.setattr("data.reader._checksum", lambda _: 0)
-
-
 @pytest.mark.usefixtures("unsealed")
 def test_an_undecodable_sample_is_replaced_by_the_next_good_one(
     make: Any, drawn_shards: Path, damaged_shards: Path, caplog: pytest.LogCaptureFixture

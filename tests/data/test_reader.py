@@ -96,13 +96,6 @@ def test_a_tar_cut_after_the_start_is_named(copied_shards: Path) -> None:
     assert re.search(r"sample \w+\.jpg is not .*\d+ of \d+ bytes", only(reader.read([0])))
 
 
-@pytest.fixture
-def unsealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let damage pass that a checksum would find, as if it had been packed."""
-    monkeypatch.setattr("data.reader.sample_checksum", lambda *_: 0)
-    monkeypatch.setattr("data.reader._checksum", lambda _: 0)
-
-
 @pytest.mark.parametrize("label", [b"x", b"9"])
 @pytest.mark.usefixtures("unsealed")
 def test_a_class_that_does_not_exist_is_damage(copied_shards: Path, label: bytes) -> None:

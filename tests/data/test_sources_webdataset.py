@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data.ledger import LEDGER_NAME
 from data.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, Shard
 from data.shard import ShardConfig, run
 from data.sources import scan
 from data.sources.extents import ExtentReader
-from data.sources.ours import UNFINISHED_NAME
 
 
 def write_shard(path: Path, samples: list[dict]) -> None:
@@ -279,10 +277,6 @@ def test_a_set_of_ours_without_any_tar_is_refused(drawn_shards, tmp_path):
     shutil.copytree(drawn_shards, tmp_path / "set", ignore=shutil.ignore_patterns("*.tar"))
     with pytest.raises(ValueError, match=r"train-000000\.tar is missing"):
         scan(tmp_path / "set")
-
-
-def test_the_name_of_an_unfinished_set_is_the_ledgers():
-    assert UNFINISHED_NAME == LEDGER_NAME
 
 
 def test_what_is_beside_the_tars_of_our_set_is_ours(drawn_shards, tmp_path):

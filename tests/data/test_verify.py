@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import random
 import shutil
 import tarfile
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.manifest import MANIFEST_NAME, Manifest
+from data.manifest import MANIFEST_NAME, Manifest, sample_checksum
 from data.rejected import REJECTED_NAME, encode_rejected
 from data.verify import VerificationError, VerifyConfig, _rejected_findings, run
 from data.verify_shard import MOST_FINDINGS, ShardCheck, check_shard
@@ -154,11 +155,16 @@ def write_shard(tar: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def rewrite_member(shards: Path, name: str, content: bytes, to: str = "") -> None:
-    """Pack the first shard anew with one member changed, or named otherwise; index and checksums match."""
+    """Pack the first shard anew with one member changed, or named otherwise; index and all checksums match."""
     tar = shards / "train-000000.tar"
     with tarfile.open(tar) as archive:
-        members = [(info.name, archive.extractfile(info).read()) for info in archive]
-    write_shard(tar, [(to or each, content) if each == name else (each, old) for each, old in members])
+        members = {info.name: archive.extractfile(info).read() for info in archive} | {name: content}
+    key, _, extension = name.partition(".")
+    if extension != "json":
+        facts = json.loads(members[f"{key}.json"])
+        facts["crc32"] = sample_checksum(members[f"{key}.cls"], members[f"{key}.jpg"])
+        members[f"{key}.json"] = json.dumps(facts).encode()
+    write_shard(tar, [(to if to and each == name else each, content) for each, content in members.items()])
     forge(shards)
 
 
@@ -302,10 +308,21 @@ def test_deep_says_how_many_were_decoded(drawn_shards, capsys):
     assert [line for line in lines if line.startswith("decoded")] == ["decoded     5", "decoded     48"]
 
 
-@pytest.mark.parametrize("facts", [b"", b"{", b"[]", b'{"path": "x"}', b'{"path": "x", "height": "a", "width": 1}'])
+FACTS = b'"path": "x", "height": 48, "width": 48'
+
+
+@pytest.mark.parametrize(
+    "facts", [b"", b"{", b"[]", b'{"path": "x", "crc32": 1}', b"{%b}" % FACTS, b'{%b, "crc32": "a"}' % FACTS]
+)
 def test_a_sample_without_its_facts_is_found(shards, facts):
     rewrite_member(shards, "000000007.json", facts)
-    assert "sample 000000007 has no path, height and width in its json" in findings(shards)
+    assert "sample 000000007 has no path, height, width and crc32 in its json" in findings(shards)
+
+
+def test_a_sample_whose_bytes_are_another_ones_is_found(shards):
+    """Every sum of the tar agrees; only what the reader holds each sample against does not."""
+    rewrite_member(shards, "000000007.json", b'{%b, "crc32": 1}' % FACTS)
+    assert "sample 000000007 does not have the checksum in its json" in findings(shards)
 
 
 def test_largest_sides_and_treatments_are_compared(shards):

@@ -1,6 +1,7 @@
 """What several pipeline tests need: small networks, drawn shards, 2-process runs."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.manifest import Manifest, SampleIndex
 from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.models.vit import ViT, ViTConfig
 
@@ -95,3 +97,15 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         return [out for out, _ in outputs]
 
     return run
+
+
+@pytest.fixture
+def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
+    """Return a copy of the set in which samples 3 and 4 are no longer JPEGs."""
+    copy = Path(shutil.copytree(drawn_shards, tmp_path / "damaged"))
+    index = SampleIndex.load(copy, Manifest.load(copy))
+    with index.paths[0].open("r+b") as tar:
+        for sample in (3, 4):
+            tar.seek(int(index.offset[sample]))
+            tar.write(b"<html>")
+    return copy

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from data.manifest import Manifest, SampleIndex
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24
@@ -253,31 +250,22 @@ def test_refusals_before_anything_is_written(train: Train, tmp_path: Path) -> No
     assert (tmp_path / "other" / "thesis.tex").exists()
 
 
-@pytest.fixture
-def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
-    """Return a copy of the set with one sample that is no longer a JPEG."""
-    copy = Path(shutil.copytree(drawn_shards, tmp_path / "damaged"))
-    index = SampleIndex.load(copy, Manifest.load(copy))
-    with index.paths[0].open("r+b") as tar:
-        tar.seek(int(index.offset[3]))
-        tar.write(b"<html>")
-    return copy
-
-
 def test_a_broken_sample_is_named_counted_and_survived(train: Train, damaged_shards: Path) -> None:
     life = train("run", 2, f"data.shards={damaged_shards}")
     said = life.succeed()
     assert said.count("the next good one takes its place (1 of at most 100)") in (1, 2)
     assert len(life.losses()) == STEPS
-    # Over the epochs the sample comes to either process, which each finds it for itself.
-    assert life.rows()[-1]["bad_samples_total"] in (1, 2)
+    # Over the epochs a sample comes to either process, which each finds it for itself.
+    assert life.rows()[-1]["bad_samples_total"] in (2, 3, 4)
 
 
 def test_one_broken_sample_too_many_is_one_sentence(train: Train, damaged_shards: Path) -> None:
     codes, said = train("run", 1, f"data.shards={damaged_shards}", "data.max_bad_samples=0").end()
     assert codes == [1]
     assert "Traceback" not in said
-    assert re.search(r"^coldpress: process 0 failed at step \d: data.max_bad_samples: 1 samples are broken", said, re.M)
+    assert re.search(
+        r"^coldpress: process 0 failed at step \d: data.max_bad_samples: [12] samples are broken", said, re.M
+    )
 
 
 def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:

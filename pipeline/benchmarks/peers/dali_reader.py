@@ -1,6 +1,6 @@
 """The peer of decoding: DALI with its own readers, in C++, in place of our order and our reading.
 
-Beside `data/dali.py` the only file that imports DALI: a reader of the library's own is what ours is measured against,
+Beside `data/dali/` the only file that imports DALI: a reader of the library's own is what ours is measured against,
 so it has no place behind our door.
 """
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 
+from data.dali.pipeline import Decoding, decode
 from data.manifest import index_path
 from pipeline.benchmarks.timing import Stream
 
@@ -51,14 +52,7 @@ def _decoded_batches(read: Callable[[], Any], batch_size: int, threads: int, dev
     on_gpu = device.type == "cuda"
 
     def graph() -> Any:
-        # The options of our own decoder.
-        return fn.decoders.image(
-            read(),
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
-        )
+        return decode(read(), on_gpu, Decoding())
 
     pipeline = pipeline_def(
         graph,

@@ -1,7 +1,6 @@
 """k-NN against a literal reference, and the probe's share of the time."""
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from data.loader import LoaderConfig
-from data.manifest import Manifest, SampleIndex
 from pipeline.distributed import World
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.probes.features import extract
@@ -62,18 +60,6 @@ def test_features_are_of_the_asked_samples_in_order(vit: ViT, drawn_shards: Path
     assert torch.equal(some_labels, labels[[30, 3, 17]])
     torch.testing.assert_close(some, features[[30, 3, 17]], atol=1e-5, rtol=1e-5)
     assert vit.training
-
-
-@pytest.fixture
-def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
-    """Return a copy of the set in which samples 3 and 4 are no longer JPEGs."""
-    copy = Path(shutil.copytree(drawn_shards, tmp_path / "damaged"))
-    index = SampleIndex.load(copy, Manifest.load(copy))
-    with index.paths[0].open("r+b") as tar:
-        for sample in (3, 4):
-            tar.seek(int(index.offset[sample]))
-            tar.write(b"<html>")
-    return copy
 
 
 def test_broken_samples_are_left_out(vit: ViT, drawn_shards: Path, damaged_shards: Path) -> None:
