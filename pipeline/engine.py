@@ -97,7 +97,7 @@ class Engine:
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         if applied:
-            self.method.after_step(plan)
+            self.method.after_step(plan, output)
         return StepResult(output.loss.detach(), output.metrics, applied)
 
     def grad_norm(self) -> float:

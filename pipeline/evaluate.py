@@ -93,10 +93,10 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
     torch.manual_seed(training.seed)
     method = build_method(training.method, ViT(training.model, training.seed))
     if config.checkpoint == "init":
-        return method.encoder, "init"
+        return method.representation, "init"
     checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
     load_method(checkpoint, method)
-    return method.encoder, checkpoint.name
+    return method.representation, checkpoint.name
 
 
 def _find(config: EvaluateConfig, directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ class OptimConfig:
 
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    # Where a cosine takes the weight decay over the run; leave it out to keep it as it is.
+    weight_decay_end: float | None = None
     # Global gradient norm above which gradients are scaled down; 0 never clips.
     clip: float = 0.0
 
@@ -28,6 +31,14 @@ class OptimConfig:
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}; 0.9 and 0.999 are usual.")
+
+    def weight_decay_at(self, progress: float) -> float:
+        """Return the weight decay at `progress`: constant, or a cosine from the first value to the last."""
+        if self.weight_decay_end is None:
+            return self.weight_decay
+        return self.weight_decay_end + (self.weight_decay - self.weight_decay_end) * (
+            0.5 * (1 + math.cos(math.pi * progress))
+        )
 
 
 def layer_name(layer: int) -> str:

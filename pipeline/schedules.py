@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from pipeline.compression import Compression, CompressionSchedule
 from pipeline.freezing import FreezeSchedule, frozen_prefix
@@ -105,11 +105,38 @@ class StepPlan:
     layer_rates: tuple[float, ...]
     query: Compression = field(default_factory=Compression)
     key: Compression = field(default_factory=Compression)
+    # The learning rate of the method's last layer, if it has one that starts later; 0.0 is frozen.
+    last_layer_rate: float = 0.0
+    # The softmax temperature of a teacher, for methods that have one.
+    teacher_temperature: float = 1.0
 
     @property
     def frozen_layers(self) -> int:
         """Return how many layers, counted from the input, no longer learn."""
         return frozen_prefix(self.layer_rates)
+
+
+class MethodSchedule(Protocol):
+    """What a method itself changes during a run."""
+
+    def momentum(self, progress: float) -> float:
+        """Return the momentum of the target network."""
+
+    def teacher_temperature(self, progress: float) -> float:
+        """Return the softmax temperature of the teacher."""
+
+    def last_layer_learns(self, progress: float) -> bool:
+        """Return whether the last layer has started to learn."""
+
+    def key_compression(self, query: Compression) -> Compression:
+        """Return the compression of the key side by the method's own rule, given the query side's."""
+
+
+class WeightDecay(Protocol):
+    """Progress -> decoupled weight decay."""
+
+    def __call__(self, progress: float) -> float:
+        """Return the weight decay of the step that starts at `progress`."""
 
 
 @dataclass(frozen=True)
@@ -118,25 +145,27 @@ class Schedules:
 
     rate: RateConfig
     peak_rate: float
-    weight_decay: float
+    weight_decay: WeightDecay
     compression: CompressionSchedule
     freeze: FreezeSchedule
     num_layers: int
-    momentum: Callable[[float], float]
-    key_compression: Callable[[Compression], Compression]
+    method: MethodSchedule
 
     def at(self, progress: float) -> StepPlan:
         """Return the plan of the step that starts at `progress` in [0, 1]."""
         query = self.compression.at(progress)
         factors = self.freeze.rates(progress, self.num_layers, self.rate.decay)
+        learning_rate = self.peak_rate * self.rate.decay(progress)
         return StepPlan(
             progress=progress,
-            learning_rate=self.peak_rate * self.rate.decay(progress),
-            weight_decay=self.weight_decay,
-            momentum=self.momentum(progress),
+            learning_rate=learning_rate,
+            weight_decay=self.weight_decay(progress),
+            momentum=self.method.momentum(progress),
             layer_rates=tuple(self.peak_rate * factor for factor in factors),
             query=query,
-            key=self.key_compression(query),
+            key=self.compression.key_at(progress, self.method.key_compression(query)),
+            last_layer_rate=learning_rate if self.method.last_layer_learns(progress) else 0.0,
+            teacher_temperature=self.method.teacher_temperature(progress),
         )
 
     def changes(self) -> list[float]:

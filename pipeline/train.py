@@ -99,7 +99,9 @@ def train(
         )
         if probing:
             begin = time.monotonic()
-            sinks.write(state.step, {"knn_top1_ratio": parts.probe.run(parts.method.encoder, world, meter.elapsed)})
+            sinks.write(
+                state.step, {"knn_top1_ratio": parts.probe.run(parts.method.representation, world, meter.elapsed)}
+            )
             meter.pause(time.monotonic() - begin)
         if saving or stopping or finished:
             begin = time.monotonic()
@@ -178,12 +180,11 @@ def build_schedules(config: TrainConfig, method: Method) -> Schedules:
     schedules = Schedules(
         rate=config.rate,
         peak_rate=config.rate.peak(config.batch_size),
-        weight_decay=config.optim.weight_decay,
+        weight_decay=config.optim.weight_decay_at,
         compression=config.compression,
         freeze=config.freeze,
         num_layers=method.encoder.num_layers,
-        momentum=method.momentum,
-        key_compression=method.key_compression,
+        method=method,
     )
     for progress in (0.0, *schedules.changes()):
         method.tokens(schedules.at(progress))

@@ -19,18 +19,48 @@ def compression(patch_size: int | None, dropout: float) -> Compression:
     return Compression(tuple(compressors))
 
 
-def check_cell(path: str, patch_size: int | None, dropout: float) -> None:
-    """Refuse a cell that no run can mean.
+@dataclass
+class Cell:
+    """One cell of the (patch size, dropout) grid for the query, and what the key does otherwise than the method says.
 
-    Raises:
-        ValueError: the dropout is outside [0, 1) or the patch size is not positive.
+    A patch size of None is the model's own; ``key_patch_size`` and ``key_dropout`` of None follow the method's rule
+    (MoCo-v3, DINO: the query's patches, no dropout; SimCLR: the query's).
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{path}.dropout must be in [0, 1), got {dropout}; 0 keeps every token.")
-    if patch_size is not None and patch_size < 1:
-        raise ValueError(
-            f"{path}.patch_size must be a number of pixels, got {patch_size}; leave it out for the model's own."
-        )
+
+    patch_size: int | None = None
+    dropout: float = 0.0
+    key_patch_size: int | None = None
+    key_dropout: float | None = None
+
+    def check(self, path: str) -> None:
+        """Refuse a cell that no run can mean.
+
+        Raises:
+            ValueError: a dropout is outside [0, 1) or a patch size is not positive.
+        """
+        for name in ("dropout", "key_dropout"):
+            dropout = getattr(self, name)
+            if dropout is not None and not 0 <= dropout < 1:
+                raise ValueError(f"{path}.{name} must be in [0, 1), got {dropout}; 0 keeps every token.")
+        for name in ("patch_size", "key_patch_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(
+                    f"{path}.{name} must be a number of pixels, got {size}; leave it out for the usual one."
+                )
+
+    def query(self) -> Compression:
+        """Return the query's compression."""
+        return compression(self.patch_size, self.dropout)
+
+    def key(self, inherited: Compression) -> Compression:
+        """Return the key's compression, given what the method's rule makes of the query's."""
+        patch, dropout = inherited.only(PatchScaling), inherited.only(TokenDropout)
+        if self.key_patch_size is not None:
+            patch = compression(self.key_patch_size, 0.0)
+        if self.key_dropout is not None:
+            dropout = compression(None, self.key_dropout)
+        return Compression(patch.compressors + dropout.compressors)
 
 
 @dataclass
@@ -40,6 +70,10 @@ class CompressionSchedule:
     def at(self, progress: float) -> Compression:
         """Return the compression of the step that starts at `progress`."""
         raise NotImplementedError
+
+    def key_at(self, progress: float, inherited: Compression) -> Compression:
+        """Return the key's compression, given what the method's rule makes of the query's."""
+        return inherited
 
     def changes(self) -> list[float]:
         """Return the progress values, in (0, 1), at which the compression changes."""
@@ -56,27 +90,26 @@ class NoCompression(CompressionSchedule):
 
 
 @dataclass
-class Constant(CompressionSchedule):
+class Constant(Cell, CompressionSchedule):
     """One compression for the whole run."""
 
-    patch_size: int | None = None
-    dropout: float = 0.0
-
     def __post_init__(self) -> None:
-        check_cell("compression", self.patch_size, self.dropout)
+        self.check("compression")
 
     def at(self, progress: float) -> Compression:
         """Return the one compression."""
-        return compression(self.patch_size, self.dropout)
+        return self.query()
+
+    def key_at(self, progress: float, inherited: Compression) -> Compression:
+        """Return the one compression of the key."""
+        return self.key(inherited)
 
 
 @dataclass
-class Stage:
+class Stage(Cell):
     """The compression from the previous stage's end until progress `until`."""
 
     until: float = 1.0
-    patch_size: int | None = None
-    dropout: float = 0.0
 
 
 @dataclass
@@ -93,7 +126,7 @@ class Staged(CompressionSchedule):
             )
         previous = 0.0
         for i, stage in enumerate(self.stages):
-            check_cell(f"compression.stages[{i}]", stage.patch_size, stage.dropout)
+            stage.check(f"compression.stages[{i}]")
             if not previous < stage.until <= 1:
                 raise ValueError(
                     f"compression.stages[{i}].until must rise from stage to stage within (0, 1], "
@@ -103,11 +136,15 @@ class Staged(CompressionSchedule):
 
     def at(self, progress: float) -> Compression:
         """Return the compression of the first stage that ends after `progress`."""
-        for stage in self.stages:
-            if progress < stage.until:
-                return compression(stage.patch_size, stage.dropout)
-        return Compression()
+        return self._stage(progress).query()
+
+    def key_at(self, progress: float, inherited: Compression) -> Compression:
+        """Return the key's compression of that stage."""
+        return self._stage(progress).key(inherited)
 
     def changes(self) -> list[float]:
         """Return the ends of the stages that lie before the end of the run."""
         return [stage.until for stage in self.stages if stage.until < 1]
+
+    def _stage(self, progress: float) -> Cell:
+        return next((stage for stage in self.stages if progress < stage.until), Cell())

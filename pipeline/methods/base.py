@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Protocol
 
@@ -30,10 +30,14 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The loss to minimize and what is worth logging, both of this process's part of the batch."""
+    """The loss to minimize and what is worth logging, both of this process's part of the batch.
+
+    ``pending``: what `Method.after_step` takes over if the step is applied, equal on every process.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    pending: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -53,8 +57,8 @@ class Method(nn.Module):
         """Return the loss of this process's part of the global batch."""
         raise NotImplementedError
 
-    def after_step(self, plan: StepPlan) -> None:
-        """Do what follows an applied optimizer step."""
+    def after_step(self, plan: StepPlan, output: StepOutput) -> None:
+        """Do what follows an applied optimizer step; `output` is what `forward` returned."""
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what the engine does not own to where it computes."""
@@ -63,12 +67,29 @@ class Method(nn.Module):
         """Return the parameters of each layer that can freeze, in freezing order."""
         return self.encoder.layers()
 
+    def last_layer(self) -> list[nn.Parameter]:
+        """Return the parameters that learn at `StepPlan.last_layer_rate`."""
+        return []
+
+    @property
+    def representation(self) -> ViT:
+        """Return the backbone whose features are evaluated."""
+        return self.encoder
+
     def momentum(self, progress: float) -> float:
         """Return the momentum of the target network at `progress`."""
         return 1.0
 
+    def teacher_temperature(self, progress: float) -> float:
+        """Return the softmax temperature of the teacher at `progress`."""
+        return 1.0
+
+    def last_layer_learns(self, progress: float) -> bool:
+        """Return whether the last layer has started to learn at `progress`."""
+        return True
+
     def key_compression(self, query: Compression) -> Compression:
-        """Return the compression of the target side, given the query side's."""
+        """Return the compression of the key side by the method's own rule, given the query side's."""
         return query
 
     def sample_cost(self, plan: StepPlan) -> float:

@@ -84,7 +84,7 @@ class MoCo(Method):
         losses = [info_nce(q, k, self.config.temperature) for q, k in zip(queries, keys, strict=True)]
         return StepOutput(torch.stack(losses).sum(), {"feature_std": feature_std(queries[0])})
 
-    def after_step(self, plan: StepPlan) -> None:
+    def after_step(self, plan: StepPlan, output: StepOutput) -> None:
         """Move the momentum encoder towards the stepped weights."""
         self._target[0].update(plan.momentum)
 

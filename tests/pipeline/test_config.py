@@ -39,7 +39,7 @@ def test_groups_and_nested_values() -> None:
             "method.symmetric=true",
         ],
     )
-    assert config.compression == Staged([Stage(0.4, 24, 0.5)])
+    assert config.compression == Staged([Stage(24, 0.5, until=0.4)])
     assert config.freeze == FreezeOut(curve=Curve.linear)
     assert config.method.symmetric
     assert config.budget.unit is Unit.cost

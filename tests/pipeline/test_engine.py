@@ -51,7 +51,7 @@ def test_steps_are_plain_torchs(make_moco: Callable[..., MoCo], make_batch: Call
         for group in optimizer.param_groups:
             group["lr"] = now.learning_rate if group["name"] == HEADS else now.layer_rates[int(group["name"][5:])]
         optimizer.step()
-        plain.after_step(now)
+        plain.after_step(now, output)
         assert float(result.loss) == pytest.approx(float(output.loss.detach()), abs=1e-5)
         assert engine.grad_norm() == pytest.approx(float(norm), rel=1e-4)
     for name, want in comparable(plain.state_dict()).items():

@@ -4,10 +4,25 @@ import math
 
 import pytest
 
-from pipeline.compression import PatchScaling, Stage, Staged
+from pipeline.compression import Compression, PatchScaling, Stage, Staged
 from pipeline.compression.schedule import compression
 from pipeline.freezing import Curve, FreezeOut
+from pipeline.optim import OptimConfig
 from pipeline.schedules import WARMUP_START, Budget, RateConfig, Schedules, Shape, Unit
+
+
+class FakeMethod:
+    def momentum(self, progress: float) -> float:
+        return 0.99 + 0.01 * progress
+
+    def teacher_temperature(self, progress: float) -> float:
+        return 0.04 + 0.03 * progress
+
+    def last_layer_learns(self, progress: float) -> bool:
+        return progress >= 0.1
+
+    def key_compression(self, query: Compression) -> Compression:
+        return query.only(PatchScaling)
 
 
 def schedules(**changes: object) -> Schedules:
@@ -15,12 +30,11 @@ def schedules(**changes: object) -> Schedules:
     parts = {
         "rate": rate,
         "peak_rate": rate.peak(512),
-        "weight_decay": 0.1,
-        "compression": Staged([Stage(0.5, 24, 0.5)]),
+        "weight_decay": OptimConfig(weight_decay=0.1).weight_decay_at,
+        "compression": Staged([Stage(24, 0.5, until=0.5)]),
         "freeze": FreezeOut(t0=0.5, curve=Curve.linear),
         "num_layers": 3,
-        "momentum": lambda progress: 0.99 + 0.01 * progress,
-        "key_compression": lambda c: c.only(PatchScaling),
+        "method": FakeMethod(),
     }
     return Schedules(**(parts | changes))  # type: ignore[arg-type]
 
@@ -62,6 +76,22 @@ def test_plan_holds_every_schedule() -> None:
     assert plan.query == compression(24, 0.5)
     assert plan.key == compression(24, 0)
     assert plan.frozen_layers == 0
+    assert plan.weight_decay == 0.1
+    assert plan.teacher_temperature == pytest.approx(0.046)
+    assert plan.last_layer_rate == plan.learning_rate
+
+
+def test_the_last_layer_waits() -> None:
+    assert schedules().at(0.09).last_layer_rate == 0.0
+    assert schedules().at(0.09).learning_rate > 0
+
+
+def test_weight_decay_follows_a_cosine_to_its_end() -> None:
+    decay = OptimConfig(weight_decay=0.04, weight_decay_end=0.4).weight_decay_at
+    assert decay(0.0) == pytest.approx(0.04)
+    assert decay(0.5) == pytest.approx(0.22)
+    assert decay(0.25) == pytest.approx(0.22 - 0.18 * math.cos(math.pi / 4))
+    assert decay(1.0) == pytest.approx(0.4)
 
 
 def test_plan_freezes_and_relaxes() -> None:

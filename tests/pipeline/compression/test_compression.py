@@ -98,7 +98,7 @@ def test_only_keeps_one_kind() -> None:
 
 
 def test_staged_walks_through_its_stages_and_ends_uncompressed() -> None:
-    schedule = Staged([Stage(0.25, 30, 0.5), Stage(0.5, 20, 0.25)])
+    schedule = Staged([Stage(30, 0.5, until=0.25), Stage(20, 0.25, until=0.5)])
     assert schedule.at(0.0) == schedule.at(0.2499) == compression(30, 0.5)
     assert schedule.at(0.25) == compression(20, 0.25)
     assert schedule.at(0.5) == schedule.at(1.0) == Compression()
@@ -120,16 +120,35 @@ def test_none_and_constant() -> None:
         (lambda: Constant(patch_size=0), r"compression\.patch_size must be a number of pixels, got 0"),
         (lambda: Staged([]), r"compression\.stages must list at least one stage, got \[\]; say"),
         (
-            lambda: Staged([Stage(0.5), Stage(0.5)]),
+            lambda: Staged([Stage(until=0.5), Stage(until=0.5)]),
             r"compression\.stages\[1\]\.until must rise .* got 0\.5 after 0\.5",
         ),
         (
-            lambda: Staged([Stage(1.5)]),
+            lambda: Staged([Stage(until=1.5)]),
             r"compression\.stages\[0\]\.until must rise .* within \(0, 1\], got 1\.5",
         ),
-        (lambda: Staged([Stage(0.5, dropout=-0.1)]), r"compression\.stages\[0\]\.dropout must be in"),
+        (lambda: Staged([Stage(until=0.5, dropout=-0.1)]), r"compression\.stages\[0\]\.dropout must be in"),
     ],
 )
 def test_what_no_run_can_mean_is_refused(make: object, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()  # type: ignore[operator]
+
+
+def test_the_keys_of_an_ablation_go_their_own_way() -> None:
+    query, rule = compression(30, 0.5), compression(30, 0.0)
+    for schedule, size, keep in (
+        (Constant(30, 0.5), 30, 64),
+        (Constant(30, 0.5, key_patch_size=20), 20, 144),
+        (Constant(30, 0.5, key_dropout=0.25), 30, 48),
+        (Constant(30, 0.5, key_patch_size=16, key_dropout=0.0), 16, 225),
+        (Staged([Stage(30, 0.5, key_patch_size=24, until=0.4)]), 24, 100),
+    ):
+        assert schedule.at(0.3) == query
+        key = schedule.key_at(0.3, rule)
+        assert (key.patch_size(16), key.keep(key.num_patches(240, 16))) == (size, keep)
+
+
+def test_an_ablation_can_take_dropout_from_the_key() -> None:
+    key = Constant(None, 0.5, key_dropout=0.0).key_at(0.0, compression(None, 0.5))
+    assert key.sequence_length(224, 16) == 197

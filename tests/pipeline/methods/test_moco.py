@@ -99,14 +99,14 @@ def test_momentum_moves_after_the_step_and_only_then(
 ) -> None:
     moco = make_moco()
     before = copy.deepcopy(moco.state())
-    moco(make_batch(), plan())
+    output = moco(make_batch(), plan())
     after_forward = moco.state()
     names = [name for name, _ in moco._target[0].network.named_parameters()]
     assert all(torch.equal(before[n], after_forward[n]) for n in names)
     with torch.no_grad():
         for parameter in moco.parameters():
             parameter.add_(1.0)
-    moco.after_step(plan(momentum=0.9))
+    moco.after_step(plan(momentum=0.9), output)
     for name in names:
         torch.testing.assert_close(moco.state()[name], before[name] + 0.1)
 
@@ -142,8 +142,7 @@ def test_costs_by_hand(make_moco: Callable[..., MoCo]) -> None:
 
 def test_state_round_trip_includes_buffers(make_moco: Callable[..., MoCo], make_batch: Callable[..., object]) -> None:
     moco = make_moco()
-    moco(make_batch(), plan())
-    moco.after_step(plan(momentum=0.5))
+    moco.after_step(plan(momentum=0.5), moco(make_batch(), plan()))
     saved = copy.deepcopy(moco.state())
     assert any("running_mean" in name for name in saved)
     other = make_moco()
