@@ -52,11 +52,16 @@ _METRICS = (
     _gauge("loss", "Training loss of the last step, mean over processes."),
     _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),
     _gauge("feature_std", "Standard deviation of normalized features over the batch; 0 is a collapse."),
+    _gauge("effective_rank", "Directions that features vary in (participation ratio); 1 is a collapse."),
+    _gauge(
+        "teacher_entropy_ratio", "Entropy of the teacher's outputs over the largest possible; 0 and 1 are collapses."
+    ),
     _gauge("knn_top1_ratio", "Share of the probe's samples that their nearest neighbors classify right."),
     # What the schedules say.
     _gauge("learning_rate", "Learning rate of the heads."),
     _gauge("weight_decay", "Decoupled weight decay."),
     _gauge("momentum_ratio", "Share that the momentum encoder keeps of itself in a step."),
+    _gauge("teacher_temperature", "Softmax temperature of the teacher; 1 for methods without one."),
     _gauge("patch_size_pixels", "Side of a patch of the query's view."),
     _gauge("token_dropout_ratio", "Share of the query's patches that is dropped."),
     _gauge("query_tokens", "Sequence length of the query's forward."),

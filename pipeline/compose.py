@@ -94,7 +94,9 @@ def _compose(command: str, overrides: list[str]) -> Any:
     store.store(name=f"{command}_schema", node=root_of(command))
     for group, options in _groups(command).items():
         for option, node in options.items():
-            store.store(group=group, name=option, node=node)
+            # An option with a file of its own brings more than its keys; the file names the schema.
+            has_file = (CONFIG_DIR / group / f"{option}.yaml").exists()
+            store.store(group=group, name=f"{option}_schema" if has_file else option, node=node)
     GlobalHydra.instance().clear()
     texts = {key for key, kind in _fields(root_of(command), _groups(command)) if kind is str}
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

@@ -14,7 +14,7 @@ from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.engine import EngineConfig
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
-from pipeline.methods import MoCoConfig
+from pipeline.methods import DINOConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
@@ -109,6 +109,8 @@ class BenchConfig:
     rounds: int = 7
     model: ViTConfig = field(default_factory=ViTConfig)
     method: Any = MISSING
+    rate: RateConfig = field(default_factory=RateConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     patch_sizes: list[int] = field(default_factory=list)
     dropouts: list[float] = field(default_factory=lambda: [0.0, 0.5])
@@ -133,7 +135,7 @@ class BenchConfig:
 
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.
 GROUPS: dict[str, dict[str, type[Any]]] = {
-    "method": {"moco": MoCoConfig},
+    "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig},
     "compression": {"none": NoCompression, "constant": Constant, "staged": Staged},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
 }

@@ -96,6 +96,7 @@ class Meter:
             "learning_rate": plan.learning_rate,
             "weight_decay": plan.weight_decay,
             "momentum_ratio": plan.momentum,
+            "teacher_temperature": plan.teacher_temperature,
             "patch_size_pixels": plan.query.patch_size(vit.patch_size),
             "token_dropout_ratio": 1 - plan.query.keep(patches) / patches,
             "query_tokens": plan.query.sequence_length(*size),

@@ -67,12 +67,16 @@ class RateConfig:
     base: float = 1.5e-4
     warmup: float = 0.1
     shape: Shape = Shape.cosine
+    # The share of the peak that is left at the end of the run; layers that freeze on the way still go to zero.
+    final: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.base > 0:
             raise ValueError(f"rate.base must be above 0, got {self.base:g}; MoCo-v3 uses 1.5e-4 per 256 samples.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"rate.warmup must be a share of the budget in [0, 1), got {self.warmup:g}.")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"rate.final must be a share of the peak in [0, 1], got {self.final:g}.")
 
     def peak(self, batch_size: int) -> float:
         """Return the rate at the end of warm-up by the linear scaling rule."""
@@ -81,16 +85,16 @@ class RateConfig:
     def decay(self, progress: float, end: float = 1.0) -> float:
         """Return the share of the peak rate at `progress` for a clock that stops at `end`.
 
-        `end` is a share of the run after warm-up; from there on the result is exactly zero.
+        `end` is a share of the run after warm-up; from there on the result is exactly zero, or `final` at 1.
         """
         if progress < self.warmup:
             return max(progress / self.warmup, WARMUP_START)
+        final = self.final if end >= 1 else 0.0
         elapsed = (progress - self.warmup) / (1 - self.warmup) / end
         if elapsed >= 1:
-            return 0.0
-        if self.shape is Shape.polynomial:
-            return 1 - elapsed**2
-        return 0.5 * (1 + math.cos(math.pi * elapsed))
+            return final
+        shape = 1 - elapsed**2 if self.shape is Shape.polynomial else 0.5 * (1 + math.cos(math.pi * elapsed))
+        return final + (1 - final) * shape
 
 
 @dataclass(frozen=True)

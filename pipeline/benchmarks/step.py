@@ -17,11 +17,10 @@ from pipeline.distributed import World
 from pipeline.engine import Engine
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
-from pipeline.optim import OptimConfig
 from pipeline.schedules import StepPlan
 
 WARMUP = 2
-RATE = 1e-4
+HALFWAY = 0.5
 COLUMNS = (
     Column("case", "case"),
     Column("milliseconds", "ms/step", ".1f"),
@@ -59,11 +58,11 @@ class Measurement:
 def bench_step(config: BenchConfig, world: World) -> Report:
     """Measure every (patch size, dropout) cell against the uncompressed step."""
     engine, method = _engine(config, world)
-    baseline = _plan(method, Compression(), 0)
+    baseline = _plan(config, method, Compression(), 0)
     cells = [(p, d) for p in (config.patch_sizes or [config.model.patch_size]) for d in config.dropouts]
     rows = []
     for patch_size, dropout in cells:
-        plan = _plan(method, compression(patch_size, dropout), 0)
+        plan = _plan(config, method, compression(patch_size, dropout), 0)
         pair = _alternate(config, world, (engine, baseline), (engine, plan))
         rows.append(_measure(f"patch {patch_size:3d} dropout {dropout:.2f}", method, baseline, plan, pair))
     return _report(rows)
@@ -73,10 +72,10 @@ def bench_freezing(config: BenchConfig, world: World) -> Report:
     """Measure 0, 1, 2, ... frozen layers against a twin that never freezes."""
     engine, method = _engine(config, world)
     twin, _ = _engine(config, world)
-    baseline = _plan(method, Compression(), 0)
+    baseline = _plan(config, method, Compression(), 0)
     rows = []
     for frozen in range(method.encoder.num_layers + 1):
-        plan = _plan(method, Compression(), frozen)
+        plan = _plan(config, method, Compression(), frozen)
         pair = _alternate(config, world, (twin, baseline), (engine, plan))
         rows.append(_measure(f"{frozen:2d} frozen layers", method, baseline, plan, pair))
     return _report(rows)
@@ -86,21 +85,31 @@ def _engine(config: BenchConfig, world: World) -> tuple[Engine, Method]:
     torch.manual_seed(0)
     method = build_method(config.method, ViT(config.model, 0))
     local = config.batch_size // world.size
-    return Engine(method, config.engine, OptimConfig(), local_batch=local, device=world.device), method
+    return Engine(method, config.engine, config.optim, local_batch=local, device=world.device), method
 
 
-def _plan(method: Method, query: Compression, frozen: int) -> StepPlan:
-    layers = method.encoder.num_layers
-    rates = (0.0,) * frozen + (RATE,) * (layers - frozen)
-    plan = StepPlan(0.5, RATE, 0.1, 0.99, rates, query, method.key_compression(query))
+def _plan(config: BenchConfig, method: Method, query: Compression, frozen: int) -> StepPlan:
+    """Return the plan of a step half-way through a run."""
+    rate = config.rate.peak(config.batch_size)
+    plan = StepPlan(
+        progress=HALFWAY,
+        learning_rate=rate,
+        weight_decay=config.optim.weight_decay_at(HALFWAY),
+        momentum=method.momentum(HALFWAY),
+        layer_rates=(0.0,) * frozen + (rate,) * (method.encoder.num_layers - frozen),
+        query=query,
+        key=method.key_compression(query),
+        last_layer_rate=rate,
+        teacher_temperature=method.teacher_temperature(HALFWAY),
+    )
     assert plan.frozen_layers == frozen
     return plan
 
 
-def _batch(config: BenchConfig, world: World, views: int) -> NoiseBatch:
-    size = config.model.image_size
+def _batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
     local = config.batch_size // world.size
-    images = tuple(torch.randn(local, 3, size, size, device=world.device) for _ in range(views))
+    sizes = [spec.size for spec in method.views()]
+    images = tuple(torch.randn(local, 3, size, size, device=world.device) for size in sizes)
     return NoiseBatch(images, torch.arange(local, device=world.device))
 
 
@@ -113,7 +122,7 @@ def _alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[lis
     for round_ in range(WARMUP + config.rounds):
         for case, kept in zip((a, b), times, strict=True):
             engine, plan = case
-            batch = _batch(config, world, len(engine.method.views()))
+            batch = _batch(config, world, engine.method)
             begin = time.perf_counter()
             engine.step(batch, plan)
             if world.device.type == "cuda":

@@ -3,12 +3,14 @@
 from typing import Any
 
 from pipeline.methods.base import Method
+from pipeline.methods.dino import DINO, DINOConfig
 from pipeline.methods.moco import MoCo, MoCoConfig
+from pipeline.methods.simclr import SimCLR, SimCLRConfig
 from pipeline.models.vit import ViT
 
-__all__ = ["METHODS", "Method", "MoCoConfig", "build_method"]
+__all__ = ["METHODS", "DINOConfig", "Method", "MoCoConfig", "SimCLRConfig", "build_method"]
 
-METHODS: dict[type[Any], type[Any]] = {MoCoConfig: MoCo}
+METHODS: dict[type[Any], type[Any]] = {MoCoConfig: MoCo, SimCLRConfig: SimCLR, DINOConfig: DINO}
 
 
 def build_method(config: object, encoder: ViT) -> Method:

@@ -40,6 +40,15 @@ class StepOutput:
     pending: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Forward:
+    """One pass of one view of a sample through a backbone; `learns`: a backward follows."""
+
+    image_size: int
+    compression: Compression
+    learns: bool
+
+
 class Method(nn.Module):
     """A self-supervised objective around a backbone.
 
@@ -62,6 +71,10 @@ class Method(nn.Module):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what the engine does not own to where it computes."""
+
+    def forwards(self, plan: StepPlan) -> Sequence[Forward]:
+        """Return every pass through a backbone that one sample takes; costs follow from it."""
+        raise NotImplementedError
 
     def layers(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each layer that can freeze, in freezing order."""
@@ -92,18 +105,6 @@ class Method(nn.Module):
         """Return the compression of the key side by the method's own rule, given the query side's."""
         return query
 
-    def sample_cost(self, plan: StepPlan) -> float:
-        """Return the forwards of the reference sequence that one sample costs, by real token counts."""
-        raise NotImplementedError
-
-    def nominal_sample_cost(self, plan: StepPlan) -> float:
-        """Return the same by the paper's formula: lengths not rounded, nothing frozen."""
-        raise NotImplementedError
-
-    def tokens(self, plan: StepPlan) -> int:
-        """Return the tokens that enter backbones for one sample, all forwards together."""
-        raise NotImplementedError
-
     def state(self) -> dict[str, Tensor]:
         """Return the state outside the engine's reach, by name, equal on every process."""
         return {}
@@ -112,7 +113,34 @@ class Method(nn.Module):
         """Restore what `state` returned."""
         assert not state
 
+    def sample_cost(self, plan: StepPlan) -> float:
+        """Return the forwards of the reference sequence that one sample costs, by real token counts.
 
-def frozen_share(plan: StepPlan, num_blocks: int) -> Fraction:
+        A backward is two forwards (Table 1 of Lin et al., 2024); that of the frozen prefix is not run.
+        """
+        learning = 3 - 2 * _frozen_share(plan, len(self.encoder.blocks))
+        vit = self.encoder.config
+        total = sum(
+            (learning if each.learns else 1) * each.compression.sequence_length(each.image_size, vit.patch_size)
+            for each in self.forwards(plan)
+        )
+        return float(total / Fraction(vit.reference_length))
+
+    def nominal_sample_cost(self, plan: StepPlan) -> float:
+        """Return the same by the formula of Table 1 of Lin et al., 2024: lengths not rounded, nothing frozen."""
+        vit = self.encoder.config
+        total = sum(
+            (3 if each.learns else 1) * each.compression.nominal_length(each.image_size, vit.patch_size)
+            for each in self.forwards(plan)
+        )
+        return float(total / Fraction(vit.reference_length))
+
+    def tokens(self, plan: StepPlan) -> int:
+        """Return the tokens that enter backbones for one sample, all forwards together."""
+        base = self.encoder.config.patch_size
+        return sum(each.compression.sequence_length(each.image_size, base) for each in self.forwards(plan))
+
+
+def _frozen_share(plan: StepPlan, num_blocks: int) -> Fraction:
     """Return the share of the blocks that lie in the frozen prefix; the embedding is not counted."""
     return Fraction(max(0, plan.frozen_layers - 1), num_blocks)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from data.recipes import moco_views
 from data.views import ViewSpec
 from pipeline.compression import Compression, PatchScaling
-from pipeline.distributed import at_least_fp32
 from pipeline.losses import info_nce
-from pipeline.methods.base import Batch, Method, StepOutput, frozen_share
+from pipeline.methods.base import Batch, Forward, Method, StepOutput
+from pipeline.methods.indicators import spread
+from pipeline.methods.multicrop import encode
 from pipeline.models.heads import mlp_head
 from pipeline.models.initialization import initialize_as_moco_v3
 from pipeline.models.momentum import MomentumEncoder
@@ -71,6 +73,7 @@ class MoCo(Method):
         # In a tuple, out of nn.Module's sight: the engine must not cast, shard or optimize it.
         online = nn.ModuleDict({"encoder": encoder, "projector": self.projector})
         self._target = (MomentumEncoder(online),)
+        self._pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
 
     def views(self) -> Sequence[ViewSpec]:
         """Return MoCo-v3's two asymmetric views."""
@@ -78,11 +81,13 @@ class MoCo(Method):
 
     def forward(self, batch: Batch, plan: StepPlan) -> StepOutput:
         """Return the contrastive loss, summed over the pairs."""
-        pairs = [(0, 1), (1, 0)] if self.config.symmetric else [(0, 1)]
-        queries = [self._query(batch, plan, q) for q, _ in pairs]
-        keys = [self._key(batch, plan, k) for _, k in pairs]
-        losses = [info_nce(q, k, self.config.temperature) for q, k in zip(queries, keys, strict=True)]
-        return StepOutput(torch.stack(losses).sum(), {"feature_std": feature_std(queries[0])})
+        queries, keys = self._features(batch, plan), self._keys(batch, plan)
+        # Head by head: each view has batch statistics of its own.
+        losses = [
+            info_nce(self.predictor(self.projector(queries[q])), keys[k], self.config.temperature)
+            for q, k in self._pairs
+        ]
+        return StepOutput(torch.stack(losses).sum(), spread(queries[0]))
 
     def after_step(self, plan: StepPlan, output: StepOutput) -> None:
         """Move the momentum encoder towards the stepped weights."""
@@ -92,6 +97,11 @@ class MoCo(Method):
         """Move the momentum encoder to where the engine computes."""
         self._target[0].to(device, dtype)
 
+    def forwards(self, plan: StepPlan) -> Sequence[Forward]:
+        """Return a query that learns and a key that does not, for each pair."""
+        size = self.encoder.config.image_size
+        return [Forward(size, plan.query, True), Forward(size, plan.key, False)] * len(self._pairs)
+
     def momentum(self, progress: float) -> float:
         """Return a cosine from the configured momentum to 1."""
         return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - self.config.momentum)
@@ -99,22 +109,6 @@ class MoCo(Method):
     def key_compression(self, query: Compression) -> Compression:
         """Return the query's patch size without its dropout: keys see every token."""
         return query.only(PatchScaling)
-
-    def sample_cost(self, plan: StepPlan) -> float:
-        """Return ((3 - 2 phi) L_q + L_k) / L_base per pair, phi the frozen share of the blocks."""
-        query, key = self._lengths(plan)
-        phi = frozen_share(plan, len(self.encoder.blocks))
-        return float(self._pairs() * ((3 - 2 * phi) * query + key) / self.encoder.config.reference_length)
-
-    def nominal_sample_cost(self, plan: StepPlan) -> float:
-        """Return (3 L_q + L_k) / L_base per pair, Table 1 of Lin et al., 2024."""
-        size = (self.encoder.config.image_size, self.encoder.config.patch_size)
-        total = 3 * plan.query.nominal_length(*size) + plan.key.nominal_length(*size)
-        return float(self._pairs() * total / self.encoder.config.reference_length)
-
-    def tokens(self, plan: StepPlan) -> int:
-        """Return the tokens of query and key forwards for one sample."""
-        return self._pairs() * sum(self._lengths(plan))
 
     def state(self) -> dict[str, Tensor]:
         """Return the momentum encoder."""
@@ -124,31 +118,14 @@ class MoCo(Method):
         """Restore the momentum encoder."""
         self._target[0].load(state)
 
-    def _pairs(self) -> int:
-        return 2 if self.config.symmetric else 1
+    def _features(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
+        queries = {q: plan.query for q, _ in self._pairs}
+        return encode(self.encoder, batch, queries, frozen_layers=plan.frozen_layers, stochastic=True)
 
-    def _lengths(self, plan: StepPlan) -> tuple[int, int]:
-        size = (self.encoder.config.image_size, self.encoder.config.patch_size)
-        return plan.query.sequence_length(*size), plan.key.sequence_length(*size)
-
-    def _query(self, batch: Batch, plan: StepPlan, view: int) -> Tensor:
-        features = self.encoder(batch.views[view], plan.query, batch.index, view, plan.frozen_layers)
-        projected: Tensor = self.predictor(self.projector(features))
-        return projected
-
-    def _key(self, batch: Batch, plan: StepPlan, view: int) -> Tensor:
-        def encode(network: nn.Module) -> Tensor:
+    def _keys(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
+        def project(network: nn.Module) -> dict[int, Tensor]:
             assert isinstance(network, nn.ModuleDict)
-            features = network["encoder"](batch.views[view], plan.key, batch.index, view)
-            projected: Tensor = network["projector"](features)
-            return projected
+            features = encode(cast(ViT, network["encoder"]), batch, {k: plan.key for _, k in self._pairs})
+            return {view: network["projector"](each) for view, each in features.items()}
 
-        keys: Tensor = self._target[0](encode)
-        return keys
-
-
-def feature_std(features: Tensor) -> Tensor:
-    """Return the mean standard deviation of normalized features times sqrt(D): 1 is spread, 0 is collapse."""
-    unit = nn.functional.normalize(at_least_fp32(features.detach()), dim=1)
-    spread: Tensor = unit.std(0, correction=0).mean() * features.shape[1] ** 0.5
-    return spread
+        return self._target[0](project)

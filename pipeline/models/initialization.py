@@ -27,6 +27,21 @@ def initialize_as_moco_v3(vit: ViT) -> None:
         nn.init.zeros_(vit.patch.bias)
 
 
+def initialize_as_dino(vit: ViT) -> None:
+    """Initialize a backbone in place as Caron et al., 2021 do.
+
+    Truncated normal linear layers, class token and positions of standard deviation 0.02, zero biases, and PyTorch's
+    own patch projection.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(vit.class_token, std=0.02)
+    vit.patch.reset_parameters()
+
+
 def _uniform(weight: Tensor, fans: int) -> None:
     bound = math.sqrt(6 / fans)
     nn.init.uniform_(weight, -bound, bound)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import at_least_fp32
+
+T = TypeVar("T")
 
 
 class MomentumEncoder:
@@ -31,7 +34,7 @@ class MomentumEncoder:
         self._average = [a.to(device) for a in self._average]
         self.network.to(device, dtype)
         self._parameters = list(self.network.parameters())
-        if dtype == torch.float32:
+        if torch.promote_types(dtype, torch.float32) == dtype:
             # One copy is enough: the network's own parameters are the average.
             self._average = [p.detach() for p in self._parameters]
 
@@ -43,7 +46,7 @@ class MomentumEncoder:
         self._publish()
 
     @torch.no_grad()
-    def __call__(self, forward: Callable[[nn.Module], Tensor]) -> Tensor:
+    def __call__(self, forward: Callable[[nn.Module], T]) -> T:
         """Run a forward through the network without recording a graph."""
         return forward(self.network)
 

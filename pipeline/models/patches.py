@@ -67,14 +67,15 @@ def sincos_positions(grid: int, base_grid: int, dim: int, device: torch.device, 
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], 1).to(device, dtype)
 
 
-def random_subset(index: Tensor, num_tokens: int, keep: int, seed: int, stream: int) -> Tensor:
+def random_subset(index: Tensor, num_tokens: int, keep: int, seed: int, stream: int | Tensor) -> Tensor:
     """Choose `keep` of `num_tokens` uniformly for each sample, as [B, keep] token numbers in rising order.
 
     A pure function of (seed, stream, global sample index): the same on any device, with any number of
     processes, and after a resume. `stream` tells the views of a sample apart.
     """
     token = torch.arange(num_tokens, device=index.device)
-    word = (index[:, None] * -7046029254386353131 + seed) ^ _mix(token * 2862933555777941757 + stream + 1)
+    column = stream[:, None] if isinstance(stream, Tensor) else stream
+    word = (index[:, None] * -7046029254386353131 + seed) ^ _mix(token * 2862933555777941757 + column + 1)
     return _mix(_mix(word)).argsort(dim=1)[:, :keep].sort(dim=1).values
 
 

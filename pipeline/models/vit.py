@@ -82,7 +82,13 @@ class ViT(nn.Module):
         return [embedding, *(list(block.parameters()) for block in self.blocks)]
 
     def forward(
-        self, images: Tensor, compression: Compression, index: Tensor, stream: int = 0, frozen_layers: int = 0
+        self,
+        images: Tensor,
+        compression: Compression,
+        index: Tensor,
+        stream: int | Tensor = 0,
+        frozen_layers: int = 0,
+        stochastic: bool = False,
     ) -> Tensor:
         """Encode images [B, 3, S, S] of global sample indices [B]; the frozen prefix records no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers == 0):
@@ -93,7 +99,7 @@ class ViT(nn.Module):
         features: Tensor = self.norm(tokens[:, 0])
         return features
 
-    def embed(self, images: Tensor, compression: Compression, index: Tensor, stream: int) -> Tensor:
+    def embed(self, images: Tensor, compression: Compression, index: Tensor, stream: int | Tensor) -> Tensor:
         """Return the blocks' input [B, 1 + kept, D]. Dropped tokens are never projected."""
         size = compression.patch_size(self.config.patch_size)
         count = compression.num_patches(images.shape[-1], self.config.patch_size)

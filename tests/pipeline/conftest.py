@@ -7,15 +7,18 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.manifest import Manifest, SampleIndex
+from pipeline.compression import Compression
+from pipeline.methods import Method
 from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.models.vit import ViT, ViTConfig
+from pipeline.schedules import StepPlan
 
 REPOSITORY = Path(__file__).parents[2]
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -58,6 +61,19 @@ def make_moco() -> Callable[..., MoCo]:
         torch.manual_seed(0)
         config = ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17)
         return MoCo(MoCoConfig(**({"hidden_dim": 64, "out_dim": 32} | changes)), ViT(config, seed=0))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_plan() -> Callable[..., StepPlan]:
+    """Return a plan in the middle of a run; the key follows the method's rule unless it is given."""
+
+    def make(method: Method, query: Compression | None = None, frozen: int = 0, **changes: object) -> StepPlan:
+        query = query or Compression()
+        rates = (0.0,) * frozen + (1e-3,) * (method.encoder.num_layers - frozen)
+        plan = StepPlan(0.5, 1e-3, 0.1, 0.99, rates, query, method.key_compression(query), 1e-3, 0.07)
+        return replace(plan, **changes)  # type: ignore[arg-type]
 
     return make
 
