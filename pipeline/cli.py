@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("pipeline.plan", "what a training run would do and cost; runs nothing"),
     "train": ("pipeline.train", "pre-train, or go on where the run was stopped"),
     "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
+    "compare": ("pipeline.compare", "every method with and without compression at the same cost"),
     "bench": ("pipeline.bench", "step, freezing, loader and start, each against a baseline or a limit"),
     "demo": ("pipeline.demo", "all of the above in minutes"),
 }

@@ -29,6 +29,7 @@ ROOTS: dict[str, tuple[str, str]] = {
     "plan": (RUNS, "TrainConfig"),
     "train": (RUNS, "TrainConfig"),
     "evaluate": (RUNS, "EvaluateConfig"),
+    "compare": (RUNS, "CompareConfig"),
     "bench": (RUNS, "BenchConfig"),
     "demo": (RUNS, "DemoConfig"),
 }

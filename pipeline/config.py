@@ -100,6 +100,30 @@ class DemoConfig:
 
 
 @dataclass
+class CompareConfig:
+    """Every method with and without compression at the same cost, with a small ViT on small images."""
+
+    shards: str = MISSING
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    val: str = ""
+    output: str = "runs/compare"
+    methods: list[str] = field(default_factory=lambda: ["moco", "simclr", "dino"])
+    patch_size: int = 8
+    dropout: float = 0.5
+    # Units of cost of each run.
+    budget: float = 120e3
+    # Support samples of the k-NN evaluations; 0 takes all.
+    support: int = 5000
+
+    def __post_init__(self) -> None:
+        unknown = set(self.methods) - GROUPS["method"].keys()
+        if unknown or not self.methods:
+            raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
+        if not self.budget > 0:
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
+
+
+@dataclass
 class BenchConfig:
     """Measurements against a baseline in the same run."""
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.drawn import draw_image_folder
 from data.manifest import Manifest
+from pipeline.children import best_knn, coldpress, metrics_of, own_directory, start
 from pipeline.config import DemoConfig
 from pipeline.plots import training_picture
 from pipeline.preemption import EXIT_STOPPED
@@ -51,7 +48,7 @@ def run(config: DemoConfig) -> None:
     """Run every command once and print what it gave."""
     if config.images and not Path(config.images).exists():
         raise ValueError(f"images: nothing at {config.images}; give a folder or a tar of images.")
-    place = _clean_place(Path(config.output))
+    place = Place(own_directory(Path(config.output), MARKER))
     train, queries = prepare(place, config.images)
     seconds = pretrain(place, train)
     knn = [evaluate(place, queries, c) for c in ("init", "latest")] if has_neighbors(train) else []
@@ -104,8 +101,7 @@ def evaluate(place: Place, queries: Path | None, checkpoint: str) -> float:
     """Return the best k-NN accuracy of a checkpoint."""
     extra = [f"shards={queries}"] if queries else []
     coldpress("evaluate", f"run={RUN}", f"runs={place.root}", f"checkpoint={checkpoint}", *extra)
-    newest = max((place.run / "eval").glob("knn-*.json"), key=lambda p: p.stat().st_mtime)
-    return float(max(json.loads(newest.read_text())["top1"].values()))
+    return best_knn(place.run)
 
 
 def draw(place: Place, shards: Path) -> list[Path]:
@@ -118,7 +114,7 @@ def draw(place: Place, shards: Path) -> list[Path]:
 
 def table(place: Place, seconds: float, knn: list[float]) -> str:
     """Return the closing table."""
-    rows = [r for r in read_metrics(place) if "loss" in r]
+    rows = [r for r in metrics_of(place.run) if "loss" in r]
     last = rows[-1]
 
     def median(name: str) -> float:
@@ -138,36 +134,7 @@ def table(place: Place, seconds: float, knn: list[float]) -> str:
     return "\n".join(["", *(f"{name:<28} {value}" for name, value in lines), ""])
 
 
-def read_metrics(place: Place) -> list[dict[str, float]]:
-    """Return the rows of the run's metrics file, none if there is none yet."""
-    if not place.metrics.exists():
-        return []
-    return [json.loads(line) for line in place.metrics.read_text().splitlines() if line.endswith("}")]
-
-
 def steps_done(place: Place) -> int:
     """Return the last logged step."""
-    rows = read_metrics(place)
+    rows = metrics_of(place.run)
     return int(rows[-1]["step"]) if rows else 0
-
-
-def start(*words: str) -> subprocess.Popen[bytes]:
-    """Start a coldpress command as a process of its own, shown as a user would type it."""
-    log.info("$ coldpress %s", " ".join(words))
-    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", *words])
-
-
-def coldpress(*words: str) -> None:
-    """Run a coldpress command to its end."""
-    if start(*words).wait():
-        raise ValueError(f"demo: `coldpress {words[0]}` failed; its own message stands above.")
-
-
-def _clean_place(root: Path) -> Place:
-    if root.exists() and any(root.iterdir()):
-        if not (root / MARKER).exists():
-            raise ValueError(f"output: {root} holds something that is not a demo; choose another output=DIR.")
-        shutil.rmtree(root)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / MARKER).touch()
-    return Place(root)
