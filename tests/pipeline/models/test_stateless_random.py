@@ -75,6 +75,14 @@ def test_branches_are_dropped_at_rates_that_rise_from_zero() -> None:
             torch.testing.assert_close(kept, torch.full_like(kept, 1 / keep))
 
 
+def test_the_expectation_of_a_factor_is_one() -> None:
+    samples, rate = 50_000, 0.4
+    scales = residual_scales(torch.arange(samples), rate, 2, seed=0, stream=0)
+    assert torch.equal(scales[0], torch.ones(2, samples))
+    # Four standard errors of a mean of factors that are 0 or 1 / (1 - rate).
+    assert scales[1].mean(1).tolist() == pytest.approx([1.0, 1.0], abs=4 * math.sqrt(rate / (1 - rate) / samples))
+
+
 def test_branches_of_a_sample_are_dropped_independently() -> None:
     samples = 40_000
     kept = (residual_scales(torch.arange(samples), 0.5, 2, seed=0, stream=0)[1] > 0).long()
