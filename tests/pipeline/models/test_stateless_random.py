@@ -91,6 +91,16 @@ def test_branches_of_a_sample_are_dropped_independently() -> None:
     assert statistic < chi2.ppf(1 - CONFIDENCE, 3)
 
 
+def test_branches_and_tokens_are_dropped_independently() -> None:
+    samples, depth = 10_000, 3
+    index = torch.arange(samples)
+    kept = (residual_scales(index, 0.5, depth, 0, 0)[-1] > 0).float()
+    chosen = torch.zeros(samples, 8).scatter(1, random_subset(index, 8, 4, 0, 0), 1.0)
+    correlation = torch.corrcoef(torch.cat([kept, chosen.T]))[:2, 2:]
+    # Five standard errors of the correlation of independent samples.
+    assert float(correlation.abs().max()) < 5 / math.sqrt(samples)
+
+
 def test_neighboring_samples_seeds_and_streams_are_dropped_independently() -> None:
     samples = 40_000
     index = torch.arange(samples)
