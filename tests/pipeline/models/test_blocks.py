@@ -92,6 +92,8 @@ def test_only_what_is_compiled_after_the_seal_is_counted_and_logged(caplog: pyte
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_compiled_blocks_give_the_same_features_and_gradients(backend: str, frozen: int) -> None:
     vit, images = compiled_vit(backend), torch.randn(4, 3, 32, 32)
+    # timm's class token is almost zero, of which the first norm makes a thousand times its rounding.
+    torch.nn.init.normal_(vit.class_token)
     got = gradients(vit, images, frozen)
     vit.run_block = EagerBlocks()
     for a, b in zip(got, gradients(vit, images, frozen), strict=True):
