@@ -45,6 +45,7 @@ _METRICS = (
     _gauge("tokens_per_second", "Backbone tokens of all processes together per second, over the log interval."),
     _gauge("cost_per_second", "Cost units of all processes together per second, over the log interval."),
     _gauge("step_seconds", "Mean duration of a step over the log interval."),
+    _counter("recompiles_total", "Graphs that this process compiled during training, for shapes that no plan told of"),
     _gauge("data_wait_ratio", "Share of the log interval that this process waited for its next batch."),
     _counter("data_wait_seconds_total", "Time that this process waited for its next batch"),
     _counter("bad_samples_total", "Samples found broken and replaced by others, by all processes together"),

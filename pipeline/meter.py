@@ -24,6 +24,7 @@ class Meter:
                 "cost_total",
                 "data_wait_seconds_total",
                 "skipped_steps_total",
+                "recompiles_total",
             ),
             0.0,
         )
@@ -52,6 +53,7 @@ class Meter:
         self.totals["cost_total"] += self._global_batch * sample_cost
         self.totals["data_wait_seconds_total"] = data_wait
         self.totals["skipped_steps_total"] += not result.applied
+        self.totals["recompiles_total"] = self._method.encoder.run_block.recompiles
 
     def pause(self, seconds: float) -> None:
         """Leave seconds that were not training (a probe, a save) out of the next report's rates."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -20,9 +21,10 @@ from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.preemption import ProcessFailedError, StopRequest
+from pipeline.prewarm import prewarm
 from pipeline.probes.knn import KNNProbe
 from pipeline.run_directory import RunDirectory
-from pipeline.schedules import Budget, Schedules
+from pipeline.schedules import Budget, Schedules, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
     if directory is not None:
         directory.open(overrides)
     _announce(config, world, parts, state)
+    prewarm(parts.method, _plans_ahead(parts, state), config.batch_size // world.size, world.device)
     try:
         return train(config, world, stop, parts, state, directory)
     except ValueError as error:
@@ -205,6 +208,13 @@ def _open_sinks(config: TrainConfig, world: World, state: TrainState) -> MetricS
 
 def _progress(budget: Budget, state: TrainState) -> float:
     return budget.progress(steps=state.step, samples=state.samples, cost=state.cost)
+
+
+def _plans_ahead(parts: Parts, state: TrainState) -> list[StepPlan]:
+    """Return one plan of each shape that the rest of the run has."""
+    now = _progress(parts.budget, state)
+    edges = [now, *(p for p in parts.schedules.changes() if p > now), 1.0]
+    return [parts.schedules.at((begin + end) / 2) for begin, end in pairwise(edges)]
 
 
 def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState) -> None:

@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
     "pipeline.meter": {"pipeline.checkpoint", "pipeline.engine", "pipeline.methods", "pipeline.schedules"},
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
+    "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
     "pipeline.config": {"pipeline", "data", "monitoring"},
     "pipeline.compose": set(),

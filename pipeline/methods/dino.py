@@ -83,7 +83,8 @@ class DINO(Method):
         self.config = config
         self.encoder = encoder
         Compression().num_patches(config.small_size, encoder.config.patch_size, "method.small_size")
-        initialize_as_dino(encoder)
+        if not encoder.config.weights:
+            initialize_as_dino(encoder)
         self.head = PrototypeHead(
             encoder.embed_dim,
             config.hidden_dim,

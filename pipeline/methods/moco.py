@@ -64,7 +64,8 @@ class MoCo(Method):
         super().__init__()
         self.config = config
         self.encoder = encoder
-        initialize_as_moco_v3(encoder)
+        if not encoder.config.weights:
+            initialize_as_moco_v3(encoder)
         if config.freeze_patch_projection:
             encoder.patch.requires_grad_(False)
         head = partial(mlp_head, hidden_dim=config.hidden_dim, out_dim=config.out_dim)

@@ -53,7 +53,8 @@ class SimCLR(Method):
         super().__init__()
         self.config = config
         self.encoder = encoder
-        initialize_as_moco_v3(encoder)
+        if not encoder.config.weights:
+            initialize_as_moco_v3(encoder)
         if config.freeze_patch_projection:
             encoder.patch.requires_grad_(False)
         self.projector = mlp_head(3, encoder.embed_dim, config.hidden_dim, config.out_dim, last_scale=True)

@@ -39,6 +39,8 @@ def initialize_as_dino(vit: ViT) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     nn.init.trunc_normal_(vit.class_token, std=0.02)
+    if isinstance(vit.positions, nn.Parameter):
+        nn.init.trunc_normal_(vit.positions, std=0.02)
     vit.patch.reset_parameters()
 
 

@@ -3,73 +3,55 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
-import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.compression import Compression
-from pipeline.models.patches import random_subset, resize_kernel, sincos_positions, take_patches
+from pipeline.models.blocks import CompiledBlocks, EagerBlocks
+from pipeline.models.patches import resize_kernel, take_patches
+from pipeline.models.positions import Positions, resize_positions, sincos_positions
+from pipeline.models.stateless_random import random_subset, residual_scales
+from pipeline.models.timm_backbone import ViTConfig, create
 
-
-@dataclass
-class ViTConfig:
-    """Which Vision Transformer, at which size."""
-
-    name: str = "vit_base_patch16_224"
-    image_size: int = 224
-    patch_size: int = 16
-    # Other than the named model's own: for small experiments.
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    # The sequence whose forward costs one unit of budget: 197 = 224 pixels in patches of 16, plus class token.
-    reference_length: int = 197
-
-    def __post_init__(self) -> None:
-        sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "reference_length")
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {value}.")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"model.patch_size must divide model.image_size={self.image_size}, got {self.patch_size}; "
-                f"try {self.image_size // self.patch_size * self.patch_size} pixels."
-            )
-
-    @property
-    def length(self) -> int:
-        """Return the uncompressed sequence length, class token included."""
-        return Compression().sequence_length(self.image_size, self.patch_size)
+__all__ = ["Positions", "ViT", "ViTConfig"]
 
 
 class ViT(nn.Module):
     """Images [B, 3, S, S] -> the class token after the last norm, [B, D].
 
-    Layers in freezing order: 0 is the patch projection with class token and positions, then the blocks. The
-    master patch kernel keeps its own size; other sizes are resized from it at each use.
+    Layers in freezing order: 0 is everything before the blocks (patch projection, class token, positions, CLIP's first
+    norm), then the blocks. The master patch kernel keeps its own size; other sizes are resized from it at
+    each use, and learned positions likewise. Fixed positions are no parameter: then `positions` is empty.
     """
 
     def __init__(self, config: ViTConfig, seed: int) -> None:
         """Build the backbone by its timm name.
 
         Raises:
-            ValueError: timm does not know the name or cannot build the sizes, or the model is not a plain ViT.
+            ValueError: timm does not know the name, cannot build the sizes or load the weights, or the model is not a
+                plain ViT.
         """
         super().__init__()
         self.config = config
         self.seed = seed
-        backbone = _create(config)
+        backbone = create(config)
+        self.embed_dim: int = backbone.embed_dim
         self.patch = backbone.patch_embed.proj
         self.class_token = backbone.cls_token
+        self.positions: Tensor = torch.empty(0, self.embed_dim)
+        if config.positions is Positions.learned:
+            self.positions = nn.Parameter(backbone.pos_embed.detach()[0])
+        elif self.embed_dim % 4:
+            raise ValueError(
+                f"model.name={config.name}: sine-cosine positions need a width divisible by 4, "
+                f"got {self.embed_dim}; say model.positions=learned."
+            )
+        self.norm_pre = backbone.norm_pre
         self.blocks = backbone.blocks
         self.norm = backbone.norm
-        self.embed_dim: int = backbone.embed_dim
-        if self.embed_dim % 4:
-            raise ValueError(f"model.name={config.name}: sine-cosine positions need a width divisible by 4.")
+        self.run_block = CompiledBlocks() if config.compile else EagerBlocks()
 
     @property
     def num_layers(self) -> int:
@@ -78,7 +60,9 @@ class ViT(nn.Module):
 
     def layers(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each layer in freezing order."""
-        embedding = [*self.patch.parameters(), self.class_token]
+        embedding = [*self.patch.parameters(), self.class_token, *self.norm_pre.parameters()]
+        if isinstance(self.positions, nn.Parameter):
+            embedding.append(self.positions)
         return [embedding, *(list(block.parameters()) for block in self.blocks)]
 
     def forward(
@@ -90,12 +74,23 @@ class ViT(nn.Module):
         frozen_layers: int = 0,
         stochastic: bool = False,
     ) -> Tensor:
-        """Encode images [B, 3, S, S] of global sample indices [B]; the frozen prefix records no graph."""
+        """Encode images [B, 3, S, S] of global sample indices [B]; the frozen prefix records no graph.
+
+        `stream` tells the views of a sample apart: one number, or one for each image [B] where views come together.
+        `stochastic` turns stochastic depth on. It has nothing to do with training mode, in which a momentum
+        encoder stays, too.
+
+        Raises:
+            ValueError: the patch size does not divide S.
+        """
+        scales: list[Tensor | None] = [None] * len(self.blocks)
+        if stochastic and self.config.stochastic_depth:
+            scales = [*residual_scales(index, self.config.stochastic_depth, len(self.blocks), self.seed, stream)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers == 0):
             tokens = self.embed(images, compression, index, stream)
-        for i, block in enumerate(self.blocks, start=1):
+        for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True), start=1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers <= i):
-                tokens = block(tokens)
+                tokens = self.run_block(block, tokens, scale)
         features: Tensor = self.norm(tokens[:, 0])
         return features
 
@@ -107,39 +102,23 @@ class ViT(nn.Module):
         chosen = random_subset(index, count, keep, self.seed, stream) if keep < count else None
         kernel = resize_kernel(self.patch.weight, size).flatten(1)
         patches = take_patches(images, size, chosen).to(kernel.dtype)
-        tokens = nn.functional.linear(patches, kernel, self.patch.bias)
-        positions = sincos_positions(
-            math.isqrt(count),
-            images.shape[-1] // self.config.patch_size,
-            self.embed_dim,
-            tokens.device,
-            tokens.dtype,
-        )
-        tokens = tokens + (positions if chosen is None else positions[chosen])
-        # The class token has position zero.
-        return torch.cat([self.class_token.expand(len(images), -1, -1), tokens], 1)
+        tokens = F.linear(patches, kernel, self.patch.bias)
+        tokens = tokens + self._patch_positions(math.isqrt(count), chosen, tokens)
+        tokens = torch.cat([self._placed_class_token().expand(len(images), -1, -1), tokens], 1)
+        embedded: Tensor = self.norm_pre(tokens)
+        return embedded
 
+    def _patch_positions(self, grid: int, chosen: Tensor | None, tokens: Tensor) -> Tensor:
+        """Return the positions of all patches of a grid, [grid^2, D], or of the chosen ones, [B, kept, D]."""
+        if isinstance(self.positions, nn.Parameter):
+            table = resize_positions(self.positions[-(self.config.grid**2) :], grid)
+        else:
+            table = sincos_positions(grid, self.config.grid, self.embed_dim, tokens.device, tokens.dtype)
+        # F.embedding, since the backward of table[chosen] adds up in no fixed order on several CPU threads.
+        return (table if chosen is None else F.embedding(chosen, table)).to(tokens.dtype)
 
-def _create(config: ViTConfig) -> Any:
-    asked = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    try:
-        backbone = timm.create_model(
-            config.name,
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            num_classes=0,
-            global_pool="token",
-            **changes,
-        )
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"model.name={config.name} with {changes or 'its own sizes'}: timm says {str(error) or 'no'}; "
-            "take a name from timm.list_models('vit_*') and num_heads that divides embed_dim."
-        ) from error
-    plain = isinstance(backbone, timm.models.VisionTransformer) and backbone.cls_token is not None
-    if not plain or not isinstance(backbone.norm_pre, nn.Identity) or backbone.reg_token is not None:
-        raise ValueError(
-            f"model.name={config.name} is not a plain ViT with a class token; take one like vit_base_patch16_224."
-        )
-    return backbone
+    def _placed_class_token(self) -> Tensor:
+        """Return the class token [1, 1, D], with its position if it has one: none in DeiT-3, zero if fixed."""
+        position = self.positions[: -(self.config.grid**2)]
+        token: Tensor = self.class_token
+        return token + position if len(position) else token

@@ -1,18 +1,11 @@
-"""Flexible patches: resized kernels, positions, chosen tokens."""
+"""Flexible patches: resized kernels, chosen patches."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import chi2
 
-from pipeline.models.patches import (
-    random_subset,
-    resize_kernel,
-    resize_matrix,
-    sincos_positions,
-    take_patches,
-)
+from pipeline.models.patches import resize_kernel, resize_matrix, take_patches
 
 
 def upscaled(patch: torch.Tensor, size: int) -> torch.Tensor:
@@ -66,49 +59,3 @@ def test_chosen_patches_are_a_selection_of_all() -> None:
     everything = take_patches(images, 8, None)
     for i in range(3):
         assert torch.equal(take_patches(images, 8, chosen)[i], everything[i, chosen[i]])
-
-
-def test_positions_at_the_base_grid_are_moco_v3s_table() -> None:
-    grid, dim = 14, 32
-    table = sincos_positions(grid, grid, dim, torch.device("cpu"), torch.float64)
-    for patch, channel_block, coordinate in ((17, 0, 1), (17, 2, 3), (100, 0, 7), (100, 2, 2)):
-        for k in range(dim // 4):
-            angle = coordinate / 10000 ** (k / (dim // 4))
-            sine, cosine = table[patch, channel_block * 8 + k], table[patch, (channel_block + 1) * 8 + k]
-            assert float(sine) == pytest.approx(np.sin(angle))
-            assert float(cosine) == pytest.approx(np.cos(angle))
-
-
-def test_a_position_means_the_same_place_at_every_patch_size() -> None:
-    # The center of a 3 x 3 grid is the center of a 15 x 15 grid.
-    coarse = sincos_positions(3, 15, 32, torch.device("cpu"), torch.float64)
-    fine = sincos_positions(15, 15, 32, torch.device("cpu"), torch.float64)
-    torch.testing.assert_close(coarse[4], fine[7 * 15 + 7])
-    torch.testing.assert_close(coarse[0], fine[2 * 15 + 2])
-
-
-def test_subset_is_without_replacement_in_order_and_pure() -> None:
-    index = torch.arange(1000, 1064)
-    chosen = random_subset(index, 36, 9, seed=3, stream=0)
-    assert chosen.shape == (64, 9)
-    assert bool((chosen[:, 1:] > chosen[:, :-1]).all())
-    assert int(chosen.min()) >= 0
-    assert int(chosen.max()) < 36
-    assert torch.equal(random_subset(index.flip(0), 36, 9, 3, 0).flip(0), chosen)
-    for other in (random_subset(index, 36, 9, 4, 0), random_subset(index, 36, 9, 3, 1)):
-        assert (other != chosen).float().mean() > 0.5
-
-
-def test_every_token_is_kept_equally_often() -> None:
-    samples, tokens, keep = 20_000, 25, 6
-    chosen = random_subset(torch.arange(samples), tokens, keep, seed=0, stream=1)
-    counts = torch.bincount(chosen.flatten(), minlength=tokens).double()
-    expected = samples * keep / tokens
-    # Counts of a fixed-size subset vary less than multinomial ones: the statistic is bounded by chi2.
-    statistic = float(((counts - expected) ** 2 / expected).sum()) / (1 - keep / tokens) * (tokens - 1) / tokens
-    assert chi2.ppf(0.0005, tokens - 1) < statistic < chi2.ppf(0.9995, tokens - 1)
-    first, second = (torch.zeros(samples, dtype=torch.bool) for _ in range(2))
-    first[(chosen == 3).any(1)] = True
-    second[(chosen == 4).any(1)] = True
-    both = float((first & second).float().mean())
-    assert both == pytest.approx(keep * (keep - 1) / tokens / (tokens - 1), abs=0.006)

@@ -1,0 +1,136 @@
+"""Which Vision Transformer: its config, timm's model of that name, its weights, and what cannot be run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from pipeline.compression import Compression
+from pipeline.models.positions import Positions
+
+# ViTConfig.weights that are no path.
+TIMM_WEIGHTS = "timm"
+
+
+@dataclass
+class ViTConfig:
+    """Which Vision Transformer, at which size."""
+
+    name: str = "vit_base_patch16_224"
+    image_size: int = 224
+    patch_size: int = 16
+    # Other than the named model's own: for small experiments.
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    positions: Positions = Positions.sincos
+    # The share of samples that skip a branch of the last block while it learns; 0 at the first block, linear between.
+    stochastic_depth: float = 0.0
+    # Where training starts: "" is random, "timm" are timm's own weights of this name, else the path of a timm state
+    # dict, .safetensors or .pth. Positions and kernels of other sizes are resized as timm does.
+    weights: str = ""
+    # Compile the blocks, one graph for each shape, before the first step.
+    compile: bool = False
+    # The sequence whose forward costs one unit of budget: 197 = 224 pixels in patches of 16, plus class token.
+    reference_length: int = 197
+
+    def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "reference_length")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {value}.")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.patch_size must divide model.image_size={self.image_size}, got {self.patch_size}; "
+                f"try {self.image_size // self.patch_size * self.patch_size} pixels."
+            )
+        if not 0 <= self.stochastic_depth < 1:
+            raise ValueError(
+                f"model.stochastic_depth must be a rate in [0, 1), got {self.stochastic_depth:g}; DINO uses 0.1."
+            )
+        if self.weights and self.positions is not Positions.learned:
+            raise ValueError(
+                f"model.weights={self.weights} come with learned positions; "
+                "say model.positions=learned, or leave out model.weights."
+            )
+
+    @property
+    def length(self) -> int:
+        """Return the uncompressed sequence length, class token included."""
+        return Compression().sequence_length(self.image_size, self.patch_size)
+
+    @property
+    def grid(self) -> int:
+        """Return the patches on a side of the uncompressed image: the base grid of positions."""
+        return self.image_size // self.patch_size
+
+
+def create(config: ViTConfig) -> Any:
+    """Return timm's model of that name and size, with the weights asked for and without a classifier.
+
+    Raises:
+        ValueError: timm does not know the name, cannot build the sizes or load the weights, or the model has
+            parts that a compressed forward has no place for.
+    """
+    if config.weights not in ("", TIMM_WEIGHTS) and not Path(config.weights).is_file():
+        raise ValueError(f"model.weights={config.weights} is no file; give a .safetensors, a .pth, or {TIMM_WEIGHTS}.")
+    asked = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    backbone = _build(config, changes, pretrained=False)
+    misfit = find_misfit(backbone)
+    if not misfit and config.stochastic_depth and not all(type(block) is Block for block in backbone.blocks):
+        misfit = f"has blocks that model.stochastic_depth={config.stochastic_depth:g} knows no branches of"
+    if misfit:
+        raise ValueError(
+            f"model.name={config.name} {misfit}; take a plain ViT with a class token like vit_base_patch16_224."
+        )
+    return _build(config, changes, pretrained=True) if config.weights else backbone
+
+
+def find_misfit(backbone: Any) -> str:
+    """Return what a compressed forward has no place for in a timm model, or nothing."""
+    # Not isinstance: subclasses have other forwards (distillation tokens, for one).
+    if type(backbone) is not VisionTransformer:
+        return f"is timm's {type(backbone).__name__}, not its VisionTransformer"
+    patch = backbone.patch_embed
+    height, width = patch.patch_size
+    findings = {
+        "has no class token": backbone.cls_token is None,
+        "has registers": backbone.reg_token is not None,
+        "has no absolute positions": backbone.pos_embed is None,
+        "has a patch embedding that is not one convolution": type(patch) is not PatchEmbed
+        or not isinstance(patch.norm, nn.Identity),
+        f"has patches of {height} x {width} pixels, which are not square": height != width,
+    }
+    return next((finding for finding, found in findings.items() if found), "")
+
+
+def _build(config: ViTConfig, changes: dict[str, int], *, pretrained: bool) -> Any:
+    from_file = pretrained and config.weights != TIMM_WEIGHTS
+    try:
+        return timm.create_model(
+            config.name,
+            pretrained=pretrained,
+            pretrained_cfg_overlay={"file": config.weights, "custom_load": False} if from_file else None,
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            num_classes=0,
+            global_pool="token",
+            **changes,
+        )
+    # Reading and downloading weights fails in more ways than timm, torch, safetensors and the hub list.
+    except Exception as error:
+        said = (str(error).splitlines() or ["no"])[0].rstrip(".:")
+        remedy = "take a name from timm.list_models('vit_*') and num_heads that divides embed_dim"
+        if pretrained:
+            remedy = f"take model.weights={config.weights} out, or weights of this very model"
+        raise ValueError(
+            f"model.name={config.name} with {changes or 'its own sizes'}: timm says {said}; {remedy}."
+        ) from error
