@@ -26,7 +26,7 @@ Groups = dict[str, dict[str, type[Any]]]
 ROOTS: dict[str, tuple[str, str]] = {
     "shard": ("data.shard", "ShardConfig"),
     "verify": ("data.verify", "VerifyConfig"),
-    "plan": (RUNS, "TrainConfig"),
+    "plan": (RUNS, "PlanConfig"),
     "train": (RUNS, "TrainConfig"),
     "evaluate": (RUNS, "EvaluateConfig"),
     "compare": (RUNS, "CompareConfig"),

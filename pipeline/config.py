@@ -73,6 +73,28 @@ class TrainConfig:
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """A pre-training run to look at, and what only its planner knows."""
+
+    # Images of an epoch, for sets that are not sharded yet; 0 asks the shards, where they are named.
+    epoch_size: int = 0
+    # Units of cost a second on one GPU, as measured: a run's coldpress_cost_per_second over its GPUs. 0: no hours.
+    cost_per_gpu_second: float = 0.0
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epoch_size < 0:
+            raise ValueError(f"epoch_size must be a number of images, got {self.epoch_size}; 0 asks the shards.")
+        if not self.cost_per_gpu_second >= 0:
+            raise ValueError(
+                f"cost_per_gpu_second must not be negative, got {self.cost_per_gpu_second:g}; 0 leaves the hours out."
+            )
+        if self.gpus < 1:
+            raise ValueError(f"gpus must be at least 1, got {self.gpus}.")
+
+
+@dataclass
 class EvaluateConfig:
     """Evaluation of one run's encoder."""
 

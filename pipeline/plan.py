@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from data.manifest import Manifest
 from pipeline.compression import NoCompression
-from pipeline.config import TrainConfig
+from pipeline.config import PlanConfig, TrainConfig
 from pipeline.freezing import NoFreeze
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
@@ -29,18 +31,23 @@ class StageRow:
     samples: float
 
 
-def run(config: TrainConfig) -> None:
+def run(config: PlanConfig) -> None:
     """Print the stages of a run and what its budget buys, and draw its schedules."""
-    method = build_method(config.method, ViT(config.model, config.seed))
+    method = imagine(config)
     schedules = build_schedules(config, method)
     rows = stages(config, schedules, method)
-    epoch = _epoch_size(config)
     print(_table(rows, method))
-    print(_totals(config, rows, uncompressed_cost(schedules, method), epoch))
+    print(_totals(config, rows, uncompressed_cost(schedules, method)))
     picture = config.directory.with_name(config.directory.name + "-plan.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     schedule_picture(schedules, method, picture)
     print(f"schedule picture: {picture}")
+
+
+def imagine(config: TrainConfig) -> Method:
+    """Return the method of a run with shapes but no weights: plans ask for nothing else."""
+    with torch.device("meta"):
+        return build_method(config.method, ViT(config.model, config.seed))
 
 
 def stages(config: TrainConfig, schedules: Schedules, method: Method) -> list[StageRow]:
@@ -86,24 +93,35 @@ def _table(rows: list[StageRow], method: Method) -> str:
     return "\n".join(lines)
 
 
-def _totals(config: TrainConfig, rows: list[StageRow], dense: float, epoch: int | None) -> str:
+def _totals(config: PlanConfig, rows: list[StageRow], dense: float) -> str:
     samples = sum(row.samples for row in rows)
     cost = sum(row.samples * row.cost for row in rows)
-    total = f"budget: {config.budget.value:,.10g} {config.budget.unit.value}"
-    return "\n".join(
-        [
-            total,
-            f"as planned:   {_amount(samples, config.batch_size, epoch)}, {cost:,.0f} units of cost",
-            f"uncompressed: {_amount(cost / dense, config.batch_size, epoch)} for the same cost "
-            f"({dense:.4f} a sample), {samples * dense / cost:.2f}x the cost for the same samples",
-        ]
-    )
+    nominal = sum(row.samples * row.nominal_cost for row in rows)
+    epoch = _epoch_size(config)
+    lines = [
+        f"budget: {config.budget.value:,.10g} {config.budget.unit.value}",
+        f"as planned:   {_amount(samples, config.batch_size, epoch)}",
+        f"cost:         {cost:,.0f} units by real tokens, {nominal:,.0f} by the paper's formula",
+        f"uncompressed: {_amount(cost / dense, config.batch_size, epoch)} for the same cost "
+        f"({dense:.4f} a sample), {samples * dense / cost:.2f}x the cost for the same samples",
+    ]
+    return "\n".join(lines + ([_time(config, cost)] if config.cost_per_gpu_second else []))
 
 
-def _amount(samples: float, batch_size: int, epoch: int | None) -> str:
+def _time(config: PlanConfig, cost: float) -> str:
+    rate = config.cost_per_gpu_second
+    hours = cost / rate / 3600
+    total = f"{hours:,.1f} GPU hours at {rate:,.6g} units/s a GPU"
+    return f"time:         {total}, {hours / config.gpus:,.1f} h on {config.gpus}"
+
+
+def _amount(samples: float, batch_size: int, epoch: int) -> str:
     epochs = f" = {samples / epoch:,.2f} epochs of {epoch:,}" if epoch else ""
     return f"{samples:,.0f} samples = {samples / batch_size:,.0f} steps of {batch_size}{epochs}"
 
 
-def _epoch_size(config: TrainConfig) -> int | None:
-    return Manifest.load(Path(config.data.shards)).samples if config.data.shards else None
+def _epoch_size(config: PlanConfig) -> int:
+    """Return the images of an epoch, 0 where nobody knows them."""
+    if config.epoch_size or not config.data.shards:
+        return config.epoch_size
+    return Manifest.load(Path(config.data.shards)).samples

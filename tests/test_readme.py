@@ -9,7 +9,7 @@ from pipeline.cli import COMMANDS
 from pipeline.compose import ROOTS, load
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md")]
+DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md"), *REPOSITORY.glob("docs/*.md")]
 REQUIRED = {"train": ["run=x", "budget.value=1"], "plan": ["run=x", "budget.value=1"], "evaluate": ["run=x"]}
 
 

@@ -6,15 +6,14 @@ import pytest
 
 from pipeline.compose import load
 from pipeline.config import TrainConfig
-from pipeline.methods import Method, build_method
-from pipeline.models.vit import ViT
-from pipeline.plan import StageRow, run, stages, uncompressed_cost
+from pipeline.methods import Method
+from pipeline.plan import StageRow, imagine, run, stages, uncompressed_cost
 from pipeline.train import build_schedules
 
 
 def plan(*overrides: str) -> tuple[TrainConfig, Method, list[StageRow]]:
-    config = load("train", ["run=p", "batch_size=512", "method.hidden_dim=64", "model.depth=2", *overrides])
-    method = build_method(config.method, ViT(config.model, 0))
+    config = load("train", ["run=p", "batch_size=512", "model.depth=2", *overrides])
+    method = imagine(config)
     return config, method, stages(config, build_schedules(config, method), method)
 
 
@@ -64,3 +63,62 @@ def test_plan_prints_and_draws(tmp_path: Path, drawn_shards: Path, capsys: pytes
     assert "uncompressed:" in said
     assert (tmp_path / "p-plan.png").stat().st_size > 10_000
     assert not (tmp_path / "p").exists()
+
+
+def said(capsys: pytest.CaptureFixture[str], runs: Path, *overrides: str) -> list[str]:
+    run(load("plan", ["run=p", f"runs={runs}", "model.depth=2", *overrides]))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_has_no_weights() -> None:
+    _, method, _ = plan("budget.value=1")
+    assert all(parameter.is_meta for parameter in method.parameters())
+
+
+def test_totals_without_shards_are_in_epochs_hours_and_both_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = said(
+        capsys,
+        tmp_path,
+        "batch_size=500",
+        "compression=constant",
+        "compression.dropout=0.75",
+        "budget.unit=cost",
+        # 10 million samples of (3 * 50 + 197) / 197 units; the paper's formula has 3 * 197 / 4 + 197.
+        f"budget.value={10e6 * 347 / 197}",
+        "epoch_size=125000",
+        "cost_per_gpu_second=100",
+        "gpus=4",
+    )
+    assert lines[3:5] == [
+        "as planned:   10,000,000 samples = 20,000 steps of 500 = 80.00 epochs of 125,000",
+        "cost:         17,614,213 units by real tokens, 17,500,000 by the paper's formula",
+    ]
+    # 17,614,213 / 100 / 3600, and a quarter of it.
+    assert lines[6] == "time:         48.9 GPU hours at 100 units/s a GPU, 12.2 h on 4"
+
+
+def test_what_nobody_knows_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(said(capsys, tmp_path, "budget.value=10"))
+    assert "epochs" not in text
+    assert "hours" not in text
+
+
+def test_a_given_epoch_counts_before_that_of_the_shards(
+    tmp_path: Path, drawn_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = said(capsys, tmp_path, "budget.value=10", f"data.shards={drawn_shards}", "epoch_size=64")
+    assert lines[3] == "as planned:   2,560 samples = 10 steps of 256 = 40.00 epochs of 64"
+
+
+@pytest.mark.parametrize("word", ["epoch_size=-1", "cost_per_gpu_second=-1", "gpus=0"])
+def test_impossible_numbers_are_refused_by_name(word: str) -> None:
+    key, _, value = word.partition("=")
+    with pytest.raises(ValueError, match=rf"^{key} must .*{value}"):
+        load("plan", ["run=p", "budget.value=1", word])
+
+
+def test_what_only_plans_know_is_no_key_of_train() -> None:
+    with pytest.raises(ValueError, match="epoch_size is not a key of coldpress train"):
+        load("train", ["run=p", "budget.value=1", "epoch_size=5"])
