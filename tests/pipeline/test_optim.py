@@ -36,7 +36,10 @@ def test_vectors_can_be_left_out_of_weight_decay_and_the_last_layer_is_a_group(m
     [
         ({"weight_decay": -1.0}, r"clip and optim\.clip_each must not be negative, got -1, 0 and 0"),
         ({"clip_each": -3.0}, r"clip and optim\.clip_each must not be negative, got 0\.1, 0 and -3"),
-        ({"clip": 1.0, "clip_each": 3.0}, r"optim\.clip .* and optim\.clip_each .* exclude each other, got 1 and 3; set"),
+        (
+            {"clip": 1.0, "clip_each": 3.0},
+            r"optim\.clip .* and optim\.clip_each .* exclude each other, got 1 and 3; set",
+        ),
         ({"betas": [0.9]}, r"optim\.betas must be two numbers in \[0, 1\), got \[0\.9\]"),
     ],
 )
