@@ -35,10 +35,8 @@ def test_only_skips_in_a_row_end_the_run_and_leave_the_samples(
     skips = SkippedSteps(3, tmp_path)
     for step, result in enumerate([BAD, BAD, GOOD, BAD, BAD], start=1):
         skips.watch(step, result, make_batch(4, start=4 * step))
-    with pytest.raises(
-        ProcessFailedError,
-        match=r"engine\.max_skipped: .* in 3 steps in a row, the last of them step 6; lower rate\.base .*bad_batch\.json",
-    ):
+    sentence = r"engine\.max_skipped: .* in 3 steps in a row, the last of them step 6; .*bad_batch\.json lists"
+    with pytest.raises(ProcessFailedError, match=sentence):
         skips.watch(6, BAD, make_batch(4, start=24))
     written = json.loads((tmp_path / "bad_batch.json").read_text())
     assert written == {"step": 6, "ranks": [{"rank": 0, "loss": "nan", "indices": [24, 25, 26, 27]}]}

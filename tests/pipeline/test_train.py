@@ -234,6 +234,7 @@ def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
     assert "batch_size must stay what it was" in refuse(train("run", 1, "batch_size=8"))
     assert "processes must stay what it was" in refuse(train("run", 2))
     assert "engine.precision must stay what it was" in refuse(train("run", 1, "engine.precision=bf16"))
+    assert "optim.decay_vectors must stay what it was" in refuse(train("run", 1, "optim.decay_vectors=false"))
     assert papers == {name: (life.directory / name).read_bytes() for name in papers}
     fresh = train("run", 1, "overwrite=true", "budget.value=2")
     fresh.succeed()
