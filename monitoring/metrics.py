@@ -39,7 +39,7 @@ _METRICS = (
     _counter("samples_total", "Samples of all processes together"),
     _counter("tokens_total", "Tokens that entered backbones, of all processes together"),
     _counter("cost_total", "Cost of all processes together; a unit is one forward of the uncompressed sequence"),
-    _counter("skipped_steps_total", "Steps that changed nothing because the gradient was not finite"),
+    _counter("skipped_steps_total", "Steps that changed nothing because loss or gradient was not finite"),
     # How fast it goes, over the last log interval.
     _gauge("samples_per_second", "Samples of all processes together per second, over the log interval."),
     _gauge("tokens_per_second", "Backbone tokens of all processes together per second, over the log interval."),
@@ -52,6 +52,11 @@ _METRICS = (
     # What it learns.
     _gauge("loss", "Training loss of the last step, mean over processes."),
     _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),
+    _gauge("grad_norm_embedding", "Gradient norm of layer 0, the embedding; with engine.layer_norms only."),
+    _gauge("grad_norm_first_block", "Gradient norm of layer 1, the first block; with engine.layer_norms only."),
+    _gauge("grad_norm_last_block", "Gradient norm of the last layer that can freeze; with engine.layer_norms only."),
+    _gauge("grad_norm_heads", "Gradient norm of all heads together; with engine.layer_norms only."),
+    _gauge("grad_norm_largest_layer", "Layer, 0 the embedding, of the largest norm; with engine.layer_norms only."),
     _gauge("feature_std", "Standard deviation of normalized features over the batch; 0 is a collapse."),
     _gauge("effective_rank", "Directions that features vary in (participation ratio); 1 is a collapse."),
     _gauge(

@@ -1,4 +1,4 @@
-"""The DeepSpeed door: one optimizer step under ZeRO, per-layer rates, frozen layers, engine shards."""
+"""The DeepSpeed door: one optimizer step under ZeRO, per-layer rates, frozen layers, clipping, engine shards."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.gradients import TensorNorms
 from pipeline.methods.base import Batch, Method
-from pipeline.optim import HEADS, OptimConfig, adamw, layer_name, parameter_groups
+from pipeline.optim import HEADS, LAST_LAYER, VECTORS, OptimConfig, adamw, layer_name, parameter_groups
 from pipeline.schedules import StepPlan
 
 if not torch.cuda.is_available():
@@ -35,6 +36,8 @@ torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, fragment_ad
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 CLIENT_KEY = "coldpress"
+# torch's names of what a forward changes in batch norm.
+RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 class Precision(Enum):
@@ -49,6 +52,14 @@ class EngineConfig:
     """How a step is computed: ZeRO stage 1, optimizer state sharded over the processes."""
 
     precision: Precision = Precision.bf16
+    # Report gradient norms of single layers; one more pass over the gradients.
+    layer_norms: bool = False
+    # So many steps in a row whose loss or gradient is not finite end the run.
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 1:
+            raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,13 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.method = method.to(device)
-        groups = parameter_groups(method.layers(), method.parameters())
+        self._config, self._optim = config, optim
         self._layers = method.layers()
+        self._last_layer = [p for p in method.last_layer() if p.requires_grad]
         self._frozen_layers = 0
+        groups = parameter_groups(
+            self._layers, method.parameters(), self._last_layer, decay_vectors=optim.decay_vectors
+        )
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=adamw(groups, optim),
@@ -84,26 +99,50 @@ class Engine:
         )
         dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
         method.prepare(device, dtype)
+        self._norms = TensorNorms(self._engine.optimizer)
+        self._statistics = _RunningStatistics(method)
 
     def step(self, batch: Batch, plan: StepPlan) -> StepResult:
         """Run one step on this process's part of the global batch.
 
-        A step whose gradient is not finite changes nothing: neither weights nor momentum encoder.
+        A step whose loss or gradient is not finite on some process changes nothing on any: neither weights nor
+        momentum encoder nor running statistics.
         """
-        self._freeze(plan.frozen_layers)
+        self._freeze(plan)
         self._set_rates(plan)
+        self._statistics.keep()
         output = self._engine(batch, plan)
-        self._engine.backward(output.loss)
+        self._engine.backward(_nan_gradient_unless_finite(output.loss))
+        self._measure_and_clip()
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         if applied:
             self.method.after_step(plan, output)
+        else:
+            self._statistics.restore()
+        if plan.last_layer_rate == 0.0:
+            self._forget_last_layers_steps()
         return StepResult(output.loss.detach(), output.metrics, applied)
 
     def grad_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping."""
+        if self._optim.clip_each:
+            return self._norms.total()
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def layer_norms(self) -> list[float]:
+        """Return the last step's gradient norms, before clipping: of every layer in freezing order, then of all heads.
+
+        Empty unless `engine.layer_norms` is on; what is frozen has 0.
+        """
+        if not self._config.layer_norms:
+            return []
+        squares = {layer_name(i): 0.0 for i in range(len(self._layers))} | {HEADS: 0.0}
+        for group, norm in self._norms.by_group().items():
+            name = group.removesuffix(VECTORS)
+            squares[name if name in squares else HEADS] += norm**2
+        return [square**0.5 for square in squares.values()]
 
     def save(self, directory: Path) -> None:
         """Write this process's shards into a new directory; every process must call this."""
@@ -118,9 +157,14 @@ class Engine:
         """Restore what `save` wrote, with the same number of processes."""
         path, client = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
         assert path is not None, directory
+        # DeepSpeed takes the old run's over.
+        self._engine.optimizer.clip_grad = self._optim.clip
         self.method.load(client[CLIENT_KEY])
 
-    def _freeze(self, frozen_layers: int) -> None:
+    def _freeze(self, plan: StepPlan) -> None:
+        for parameter in self._last_layer:
+            parameter.requires_grad_(plan.last_layer_rate > 0)
+        frozen_layers = plan.frozen_layers
         if frozen_layers == self._frozen_layers:
             return
         # A rate of zero alone would keep the gradient traffic; requires_grad alone would let AdamW's momentum
@@ -132,10 +176,53 @@ class Engine:
 
     def _set_rates(self, plan: StepPlan) -> None:
         rates = {layer_name(i): rate for i, rate in enumerate(plan.layer_rates)}
-        rates[HEADS] = plan.learning_rate
+        rates |= {HEADS: plan.learning_rate, LAST_LAYER: plan.last_layer_rate}
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
-            group["weight_decay"] = plan.weight_decay
+            name = group["name"].removesuffix(VECTORS)
+            group["lr"] = rates[name]
+            group["weight_decay"] = plan.weight_decay if name == group["name"] else 0.0
+
+    def _measure_and_clip(self) -> None:
+        if self._config.layer_norms or self._optim.clip_each:
+            self._norms.measure()
+        if self._optim.clip_each:
+            self._norms.clip(self._optim.clip_each)
+
+    def _forget_last_layers_steps(self) -> None:
+        # A flat group counts steps of zero gradients too, and Adam's bias correction would then take its first
+        # moments, which start at zero, for long averages: the first updates after the release would be several
+        # times too large. What is saved has the zero as well, so a resume needs no memory of the release.
+        for group in self._engine.optimizer.param_groups:
+            state = self._engine.optimizer.state.get(group["params"][0], {})
+            if group["name"].removesuffix(VECTORS) == LAST_LAYER and "step" in state:
+                state["step"].zero_()
+
+
+class _RunningStatistics:
+    """What a forward changes, although its step may come to nothing: batch norm's, the momentum encoder's too."""
+
+    def __init__(self, method: Method) -> None:
+        named = (*method.named_buffers(), *method.state().items())
+        self._live = [tensor for name, tensor in named if name.endswith(RUNNING_STATISTICS)]
+        self._kept = [tensor.clone() for tensor in self._live]
+
+    def keep(self) -> None:
+        """Remember them."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    def restore(self) -> None:
+        """Set them to what they were."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
+
+
+def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
+    """Return the loss, with a gradient of nan if it is not finite.
+
+    Gradients are averaged, so all processes come to know without a message or a wait of their own.
+    """
+    return loss * torch.ones_like(loss).where(loss.detach().isfinite(), torch.nan)
 
 
 def load_method(directory: Path, method: Method) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -66,6 +67,7 @@ class Meter:
             **self.totals,
             **self._rates(),
             **self._plan_metrics(plan),
+            **_layer_metrics(engine.layer_norms()),
             "step": state.step,
             "progress_ratio": progress,
             "budget_spent": self._budget.spent(steps=state.step, samples=state.samples, cost=state.cost),
@@ -109,3 +111,19 @@ class Meter:
     def _eta(self, progress: float) -> float:
         done = progress - (self._start_progress or 0.0)
         return self.elapsed * (1 - progress) / done if done > 0 else float("nan")
+
+
+def _layer_metrics(norms: list[float]) -> dict[str, float]:
+    """Return what is reported of the gradient norms of all layers and, last, the heads; nothing of none."""
+    if not norms:
+        return {}
+    *layers, heads = norms
+    # A nan counts as larger than anything.
+    largest = max(range(len(layers)), key=lambda i: math.inf if math.isnan(layers[i]) else layers[i])
+    return {
+        "grad_norm_embedding": layers[0],
+        "grad_norm_first_block": layers[1],
+        "grad_norm_last_block": layers[-1],
+        "grad_norm_heads": heads,
+        "grad_norm_largest_layer": largest,
+    }

@@ -11,23 +11,36 @@ import torch
 from torch import nn
 
 HEADS = "heads"
+LAST_LAYER = "last_layer"
+# Ends the name of a group whose tensors have no weight decay.
+VECTORS = "_vectors"
 
 
 @dataclass
 class OptimConfig:
-    """AdamW. Weight decay applies to every trainable parameter, as in MoCo-v3."""
+    """AdamW, as MoCo-v3 uses it unless told otherwise."""
 
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     # Where a cosine takes the weight decay over the run; leave it out to keep it as it is.
     weight_decay_end: float | None = None
+    # Whether biases and all other tensors of one dimension decay too, as in MoCo-v3; not so in DINO and LocalMIM.
+    decay_vectors: bool = True
     # Global gradient norm above which gradients are scaled down; 0 never clips.
     clip: float = 0.0
+    # The same for the gradient of each tensor on its own (DINO: 3); 0 never clips.
+    clip_each: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.weight_decay < 0 or self.clip < 0:
+        if min(self.weight_decay, self.clip, self.clip_each) < 0:
             raise ValueError(
-                f"optim.weight_decay and optim.clip must not be negative, got {self.weight_decay:g} and {self.clip:g}."
+                "optim.weight_decay, optim.clip and optim.clip_each must not be negative, "
+                f"got {self.weight_decay:g}, {self.clip:g} and {self.clip_each:g}."
+            )
+        if self.clip and self.clip_each:
+            raise ValueError(
+                "optim.clip (global norm) and optim.clip_each (norm of each tensor) exclude each other, "
+                f"got {self.clip:g} and {self.clip_each:g}; set one of them to 0."
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}; 0.9 and 0.999 are usual.")
@@ -47,13 +60,27 @@ def layer_name(layer: int) -> str:
 
 
 def parameter_groups(
-    layers: Sequence[Iterable[nn.Parameter]], parameters: Iterable[nn.Parameter]
+    layers: Sequence[Iterable[nn.Parameter]],
+    parameters: Iterable[nn.Parameter],
+    last_layer: Iterable[nn.Parameter] = (),
+    *,
+    decay_vectors: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return one named group per freezable layer and one for the rest, trainable parameters only."""
-    groups = {layer_name(i): [p for p in layer if p.requires_grad] for i, layer in enumerate(layers)}
-    in_layers = {id(p) for layer in layers for p in layer}
-    groups[HEADS] = [p for p in parameters if p.requires_grad and id(p) not in in_layers]
-    return [{"name": name, "params": members} for name, members in groups.items() if members]
+    """Return one named group per freezable layer, one for the last layer and one for the rest.
+
+    Trainable parameters only. Without `decay_vectors` the tensors of at most one dimension are groups of their
+    own, whose names end in `VECTORS`. ZeRO talks once per group, so there are no more than have to be.
+    """
+    members = {layer_name(i): list(layer) for i, layer in enumerate(layers)}
+    members[LAST_LAYER] = list(last_layer)
+    taken = {id(p) for group in members.values() for p in group}
+    members[HEADS] = [p for p in parameters if id(p) not in taken]
+    groups = []
+    for name, group in members.items():
+        vectors = [p for p in group if p.requires_grad and p.ndim <= 1 and not decay_vectors]
+        others = [p for p in group if p.requires_grad and (p.ndim > 1 or decay_vectors)]
+        groups += [{"name": name, "params": others}, {"name": name + VECTORS, "params": vectors}]
+    return [group for group in groups if group["params"]]
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

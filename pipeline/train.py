@@ -25,6 +25,7 @@ from pipeline.prewarm import prewarm
 from pipeline.probes.knn import KNNProbe
 from pipeline.run_directory import RunDirectory
 from pipeline.schedules import Budget, Schedules, StepPlan
+from pipeline.skips import SkippedSteps
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
         # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
         _say(directory, "failed", state)
         raise ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}") from error
+    except ProcessFailedError:
+        _say(directory, "failed", state)
+        raise
     finally:
         parts.loader.close()
 
@@ -77,6 +81,7 @@ def train(
     """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state)
     meter = Meter(parts.method, parts.budget, config.batch_size)
+    skips = SkippedSteps(config.engine.max_skipped, config.directory)
     finished = _progress(parts.budget, state) >= 1
 
     batches = parts.loader.batches(start=state.samples)
@@ -87,6 +92,7 @@ def train(
         cost = parts.method.sample_cost(plan)
         state.advance(config.batch_size, cost)
         meter.count(plan, result, cost, parts.loader.wait_seconds)
+        skips.watch(state.step, result, batch)
         finished = _progress(parts.budget, state) >= 1
 
         if state.step % config.log_every == 0 or finished:
@@ -164,6 +170,9 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
         "data.order": order.VERSION,
         "processes": world.size,
         "engine.precision": config.engine.precision.value,
+        # Groups of the optimizer, whose state a checkpoint holds by group; and what DeepSpeed takes from there.
+        "optim.decay_vectors": config.optim.decay_vectors,
+        "optim.betas": str(config.optim.betas),
         # Another budget would take progress back and wake frozen layers.
         "budget.value": config.budget.value,
         "budget.unit": config.budget.unit.value,

@@ -234,6 +234,7 @@ def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
     assert "batch_size must stay what it was" in refuse(train("run", 1, "batch_size=8"))
     assert "processes must stay what it was" in refuse(train("run", 2))
     assert "engine.precision must stay what it was" in refuse(train("run", 1, "engine.precision=bf16"))
+    assert "optim.decay_vectors must stay what it was" in refuse(train("run", 1, "optim.decay_vectors=false"))
     assert papers == {name: (life.directory / name).read_bytes() for name in papers}
     fresh = train("run", 1, "overwrite=true", "budget.value=2")
     fresh.succeed()
@@ -266,6 +267,30 @@ def test_one_broken_sample_too_many_is_one_sentence(train: Train, damaged_shards
     assert re.search(
         r"^coldpress: process 0 failed at step \d: data.max_bad_samples: [12] samples are broken", said, re.M
     )
+
+
+def test_too_many_skipped_steps_in_a_row_are_one_sentence_and_a_list_of_samples(train: Train) -> None:
+    life = train("run", 2, "rate.base=1e38", "rate.warmup=0", "engine.max_skipped=3", "engine.layer_norms=true")
+    codes, said = life.end()
+    assert codes == [1, 1], said
+    assert "Traceback" not in said
+    (sentence,) = re.findall(r"^coldpress: (.*)$", said, re.M)
+    (stopped_at,) = re.findall(r"engine\.max_skipped: .* in 3 steps in a row, the last of them step (\d+);", sentence)
+    step = int(stopped_at)
+    for number in range(step - 2, step + 1):
+        assert len(re.findall(rf"^step {number} changed nothing", said, re.M)) == 1
+    written = json.loads((life.directory / "bad_batch.json").read_text())
+    assert str(life.directory / "bad_batch.json") in sentence
+    assert written["step"] == step
+    assert [rank["rank"] for rank in written["ranks"]] == [0, 1]
+    # Every second place of the global batch is a process's own.
+    places = range(16 * (step - 1), 16 * step)
+    assert [rank["indices"] for rank in written["ranks"]] == [list(places)[r::2] for r in (0, 1)]
+    rows = life.rows()
+    assert rows[-1]["step"] == step - 1
+    assert rows[-1]["skipped_steps_total"] == 2
+    assert rows[0]["grad_norm_heads"] > 0
+    assert json.loads((life.directory / "status.json").read_text())["state"] == "failed"
 
 
 def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:

@@ -1,0 +1,48 @@
+"""Which tensor is in which group, and what an optimizer cannot be told."""
+
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.methods.moco import MoCo
+from pipeline.optim import HEADS, LAST_LAYER, VECTORS, OptimConfig, parameter_groups
+
+
+def test_groups_are_named_by_layer_and_hold_what_learns(make_moco: Callable[..., MoCo]) -> None:
+    moco = make_moco()
+    groups = parameter_groups(moco.layers(), moco.parameters())
+    assert [g["name"] for g in groups] == ["layer00", "layer01", "layer02", "layer03", HEADS]
+    # The random patch projection never learns; the class token is all that is left of layer 0.
+    assert [p.shape for p in groups[0]["params"]] == [moco.encoder.class_token.shape]
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in moco.parameters())
+
+
+def test_vectors_can_be_left_out_of_weight_decay_and_the_last_layer_is_a_group(make_moco: Callable[..., MoCo]) -> None:
+    moco = make_moco()
+    last = [moco.predictor[3].weight]
+    groups = parameter_groups(moco.layers(), moco.parameters(), last, decay_vectors=False)
+    blocks = [name for i in (1, 2, 3) for name in (f"layer0{i}", f"layer0{i}{VECTORS}")]
+    # The class token [1, 1, D] is no vector; the last layer has none.
+    assert [g["name"] for g in groups] == ["layer00", *blocks, LAST_LAYER, HEADS, HEADS + VECTORS]
+    for group in groups:
+        assert all((p.ndim <= 1) == group["name"].endswith(VECTORS) for p in group["params"])
+    assert [id(p) for g in groups if g["name"] == LAST_LAYER for p in g["params"]] == [id(last[0])]
+    members = [id(p) for g in groups for p in g["params"]]
+    assert sorted(members) == sorted(id(p) for p in moco.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"weight_decay": -1.0}, r"clip and optim\.clip_each must not be negative, got -1, 0 and 0"),
+        ({"clip_each": -3.0}, r"clip and optim\.clip_each must not be negative, got 0\.1, 0 and -3"),
+        (
+            {"clip": 1.0, "clip_each": 3.0},
+            r"optim\.clip .* and optim\.clip_each .* exclude each other, got 1 and 3; set",
+        ),
+        ({"betas": [0.9]}, r"optim\.betas must be two numbers in \[0, 1\), got \[0\.9\]"),
+    ],
+)
+def test_bad_optimizer_values_are_refused(arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        OptimConfig(**arguments)  # type: ignore[arg-type]
