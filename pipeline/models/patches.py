@@ -16,7 +16,8 @@ def resize_matrix(base: int, size: int) -> Tensor:
     The pseudoinverse resize of Beyer et al., 2023 (FlexiViT): with B the bilinear, not antialiased resize of a
     patch, w_q = pinv(B^T) w_p. For size >= base the embedding of a resized patch is exactly the original's.
     """
-    basis = torch.eye(base * base, dtype=torch.float64).reshape(base * base, 1, base, base)
+    # Kept for the whole process: not on a device that happens to be the default, such as the meta device of a plan.
+    basis = torch.eye(base * base, dtype=torch.float64, device="cpu").reshape(base * base, 1, base, base)
     resized = F.interpolate(basis, size=(size, size), mode="bilinear", align_corners=False, antialias=False)
     matrix: Tensor = torch.linalg.pinv(resized.reshape(base * base, size * size))
     return matrix

@@ -29,8 +29,8 @@ def sincos_positions(grid: int, base_grid: int, dim: int, device: torch.device, 
     The 2-D sine-cosine table of MoCo-v3, evaluated where the patch centers lie on the base grid, so that a
     position means the same place of the view at every patch size and resolution.
     """
-    coordinate = (torch.arange(grid, dtype=torch.float64) + 0.5) * base_grid / grid - 0.5
-    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    coordinate = (torch.arange(grid, dtype=torch.float64, device="cpu") + 0.5) * base_grid / grid - 0.5
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
     angle = coordinate[:, None] * frequency
     row = angle.repeat_interleave(grid, 0)
     column = angle.repeat(grid, 1)
@@ -52,6 +52,6 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _bicubic_matrix(base: int, grid: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    basis = torch.eye(base * base, dtype=torch.float64).reshape(base * base, 1, base, base)
+    basis = torch.eye(base * base, dtype=torch.float64, device="cpu").reshape(base * base, 1, base, base)
     resized = F.interpolate(basis, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
     return resized.reshape(base * base, grid * grid).T.contiguous().to(device, dtype)

@@ -93,14 +93,14 @@ def fixed_crops(images: torch.Tensor, method: Method) -> Crops:
 
 # At a temperature of 0.2 and 64 samples MoCo-v3 can come to 0.13, SimCLR to 0.58, DINO to the entropy of its targets.
 @pytest.mark.parametrize("cell", [Compression(), compression(None, 0.5)], ids=["whole", "dropped"])
-@pytest.mark.parametrize(("name", "low"), [("moco", 0.35), ("simclr", 0.65), ("dino", 1.0)])
+@pytest.mark.parametrize(("name", "low"), [("moco", 0.35), ("simclr", 0.65), ("dino", 1.3)])
 def test_64_photographs_are_fitted(
     photographs: torch.Tensor, make_plan: MakePlan, name: str, low: float, cell: Compression
 ) -> None:
     method = build(name)
     plan = make_plan(method, cell, momentum=0.95, teacher_temperature=0.04)
     losses = train(method, plan, itertools.repeat(fixed_crops(photographs, method), 120), 2e-3)
-    assert losses[0] > 2.5 * low
+    assert losses[0] > 2 * low
     assert losses[-1] < low
 
 
