@@ -39,6 +39,7 @@ _METRICS = (
     _counter("samples_total", "Samples of all processes together"),
     _counter("tokens_total", "Tokens that entered backbones, of all processes together"),
     _counter("cost_total", "Cost of all processes together; a unit is one forward of the uncompressed sequence"),
+    _counter("nominal_cost_total", "Cost as the paper's formula counts it: lengths not rounded, nothing frozen"),
     _counter("skipped_steps_total", "Steps that changed nothing because loss or gradient was not finite"),
     # How fast it goes, over the last log interval.
     _gauge("samples_per_second", "Samples of all processes together per second, over the log interval."),
@@ -57,11 +58,10 @@ _METRICS = (
     _gauge("grad_norm_last_block", "Gradient norm of the last layer that can freeze; with engine.layer_norms only."),
     _gauge("grad_norm_heads", "Gradient norm of all heads together; with engine.layer_norms only."),
     _gauge("grad_norm_largest_layer", "Layer, 0 the embedding, of the largest norm; with engine.layer_norms only."),
-    _gauge("feature_std", "Standard deviation of normalized features over the batch; 0 is a collapse."),
-    _gauge("effective_rank", "Directions that features vary in (participation ratio); 1 is a collapse."),
-    _gauge(
-        "teacher_entropy_ratio", "Entropy of the teacher's outputs over the largest possible; 0 and 1 are collapses."
-    ),
+    _gauge("feature_std", "Standard deviation of normalized features over one process's samples; 0 is a collapse."),
+    _gauge("effective_rank", "Directions that features of one process's samples vary in; near 1 is a collapse."),
+    _gauge("teacher_entropy_ratio", "Entropy of the teacher's outputs over the largest possible; 1 is a collapse."),
+    _gauge("prototype_entropy_ratio", "Entropy of the teacher's mean output over the largest; 0 is a collapse."),
     _gauge("knn_top1_ratio", "Share of the probe's samples that their nearest neighbors classify right."),
     # What the schedules say.
     _gauge("learning_rate", "Learning rate of the heads."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,12 @@ def measure(config: CompareConfig, output: Path, case: Case) -> dict[str, Any]:
 
 
 def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Return what the metrics of a whole run say; time is that of steps, without start, probes and saves."""
+    """Return what the metrics of a whole run say.
+
+    Time is that of steps, without start and saves: the median over the log intervals, since a machine that others use,
+    too, stutters.
+    """
     training = [row for row in rows if "loss" in row]
-    steps = [after - before for before, after in pairwise([0.0, *(row["step"] for row in training)])]
-    seconds = sum(count * row["step_seconds"] for count, row in zip(steps, training, strict=True))
     last = training[-1]
     return {
         "steps": last["step"],
@@ -100,8 +101,7 @@ def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
         "cost": last["cost_total"] / last["samples_total"],
         "loss_first": training[0]["loss"],
         "loss_last": last["loss"],
-        "step_seconds": seconds,
-        "milliseconds_per_unit": 1e3 * seconds / last["cost_total"],
+        "milliseconds_per_unit": statistics.median(1e3 / row["cost_per_second"] for row in training),
         "data_wait": statistics.median(row["data_wait_ratio"] for row in training),
     }
 

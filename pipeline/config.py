@@ -133,7 +133,7 @@ class CompareConfig:
     patch_size: int = 8
     dropout: float = 0.5
     # Units of cost of each run.
-    budget: float = 120e3
+    budget: float = 90e3
     # Support samples of the k-NN evaluations; 0 takes all.
     support: int = 5000
 
@@ -142,7 +142,7 @@ class CompareConfig:
         if unknown or not self.methods:
             raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
         if not self.budget > 0:
-            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 90e3 takes minutes a run on two cores.")
 
 
 @dataclass

@@ -201,16 +201,17 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     """Batch normalization over the global batch, on any device (SyncBatchNorm needs a GPU).
 
     Statistics are computed in fp32 from each process's mean and variance, combined without cancellation; every
-    process must bring the same number of rows. Input and output are [B, D].
+    process must bring the same number of rows. Input and output are [B, D]. There are no running statistics: heads
+    are never evaluated, and so a forward changes nothing.
     """
 
+    def __init__(self, num_features: int, *, affine: bool = True) -> None:
+        super().__init__(num_features, affine=affine, track_running_stats=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize by the global batch in training mode, by the running statistics otherwise."""
-        if not self.training:
-            return super().forward(x)
+        """Normalize by the global batch."""
         exact = at_least_fp32(x)
         mean, var = self._global_statistics(exact)
-        self._update_running(mean.detach(), var.detach(), len(x) * world_size())
         normalized = (exact - mean) * torch.rsqrt(var + self.eps)
         if self.affine:
             normalized = normalized * self.weight + self.bias
@@ -222,10 +223,3 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         means, variances = gather_with_gradient(torch.stack([mean, var])[None]).unbind(1)
         mean = means.mean(0)
         return mean, variances.mean(0) + (means - mean).square().mean(0)
-
-    def _update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
-        if self.running_mean is None or self.running_var is None or self.momentum is None:
-            return
-        unbiased = var * count / max(1, count - 1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)

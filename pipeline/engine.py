@@ -37,7 +37,6 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 CLIENT_KEY = "coldpress"
 # torch's names of what a forward changes in batch norm.
-RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 class Precision(Enum):
@@ -100,17 +99,15 @@ class Engine:
         dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
         method.prepare(device, dtype)
         self._norms = TensorNorms(self._engine.optimizer)
-        self._statistics = _RunningStatistics(method)
 
     def step(self, batch: Batch, plan: StepPlan) -> StepResult:
         """Run one step on this process's part of the global batch.
 
         A step whose loss or gradient is not finite on some process changes nothing on any: neither weights nor
-        momentum encoder nor running statistics.
+        momentum encoder.
         """
         self._freeze(plan)
         self._set_rates(plan)
-        self._statistics.keep()
         output = self._engine(batch, plan)
         self._engine.backward(_nan_gradient_unless_finite(output.loss))
         self._measure_and_clip()
@@ -118,8 +115,6 @@ class Engine:
         applied = bool(self._engine.was_step_applied())
         if applied:
             self.method.after_step(plan, output)
-        else:
-            self._statistics.restore()
         if plan.last_layer_rate == 0.0:
             self._forget_last_layers_steps()
         return StepResult(output.loss.detach(), output.metrics, applied)
@@ -167,8 +162,8 @@ class Engine:
         frozen_layers = plan.frozen_layers
         if frozen_layers == self._frozen_layers:
             return
-        # A rate of zero alone would keep the gradient traffic; requires_grad alone would let AdamW's momentum
-        # and weight decay go on moving the weights. Both together hold them still bit for bit.
+        # A rate of zero alone would keep the backward and, in fp32, the gradient traffic; requires_grad alone would let
+        # AdamW's momentum and weight decay go on moving the weights. Both together hold them still bit for bit.
         for parameter in (p for layer in self._layers[:frozen_layers] for p in layer):
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -196,25 +191,6 @@ class Engine:
             state = self._engine.optimizer.state.get(group["params"][0], {})
             if group["name"].removesuffix(VECTORS) == LAST_LAYER and "step" in state:
                 state["step"].zero_()
-
-
-class _RunningStatistics:
-    """What a forward changes, although its step may come to nothing: batch norm's, the momentum encoder's too."""
-
-    def __init__(self, method: Method) -> None:
-        named = (*method.named_buffers(), *method.state().items())
-        self._live = [tensor for name, tensor in named if name.endswith(RUNNING_STATISTICS)]
-        self._kept = [tensor.clone() for tensor in self._live]
-
-    def keep(self) -> None:
-        """Remember them."""
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
-
-    def restore(self) -> None:
-        """Set them to what they were."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._kept)
 
 
 def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:

@@ -91,12 +91,15 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
         ValueError: there is no such checkpoint, or it is damaged.
     """
     torch.manual_seed(training.seed)
-    method = build_method(training.method, ViT(training.model, training.seed))
-    if config.checkpoint == "init":
-        return method.representation, "init"
-    checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
-    load_method(checkpoint, method)
-    return method.representation, checkpoint.name
+    name = config.checkpoint
+    # A checkpoint has all weights: those that the run started from may be gone by now.
+    model = training.model if name == "init" else replace(training.model, weights="")
+    method = build_method(training.method, ViT(model, training.seed))
+    if name != "init":
+        checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
+        load_method(checkpoint, method)
+        name = checkpoint.name
+    return method.representation, name
 
 
 def _find(config: EvaluateConfig, directory: Path) -> Path:

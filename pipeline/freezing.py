@@ -75,7 +75,8 @@ class FreezeOut(FreezeSchedule):
 
     def _times(self, num_layers: int) -> list[float]:
         last = max(1, num_layers - 1)
-        return [(self.t0 + (1 - self.t0) * i / last) ** self.curve.value for i in range(num_layers)]
+        # Written from the end, so that the last is 1 to the bit.
+        return [(1 - (1 - self.t0) * (last - i) / last) ** self.curve.value for i in range(num_layers)]
 
 
 def frozen_prefix(rates: tuple[float, ...]) -> int:

@@ -23,15 +23,20 @@ def info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, _own_rows(query)) * (2 * temperature)
 
 
-def nt_xent(anchor: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """Return the loss of SimCLR for the anchors of one view (Eq. 1 of Chen et al., 2020).
+def nt_xent(one: Tensor, two: Tensor, temperature: float, *, symmetric: bool) -> Tensor:
+    """Return the loss of SimCLR (Eq. 1 of Chen et al., 2020), the mean over the anchors.
 
-    Anchors [B, D] are compared with the other view [B, D] of every process's samples, of which their own is the
-    positive, and with all other anchors. Gradients reach every sample on every process, so that the mean of the
-    processes' gradients is the gradient of the global batch.
+    Anchors are the first view [B, D], or both. Each is compared with the other view of every process's samples, of
+    which its own is the positive, and with all other anchors of its view. Gradients reach every sample on every
+    process, so that the mean of the processes' gradients is the gradient of the global batch.
     """
-    anchor, other = (F.normalize(at_least_fp32(each), dim=1) for each in (anchor, other))
-    anchors, others = gather_with_gradient(anchor), gather_with_gradient(other)
+    one, two = (F.normalize(at_least_fp32(each), dim=1) for each in (one, two))
+    ones, twos = gather_with_gradient(one), gather_with_gradient(two)
+    loss = _nt_xent_of(one, ones, twos, temperature)
+    return (loss + _nt_xent_of(two, twos, ones, temperature)) / 2 if symmetric else loss
+
+
+def _nt_xent_of(anchor: Tensor, anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
     target = _own_rows(anchor)
     among_anchors = (anchor @ anchors.T / temperature).scatter(1, target[:, None], float("-inf"))
     return F.cross_entropy(torch.cat([anchor @ others.T / temperature, among_anchors], 1), target)

@@ -23,6 +23,7 @@ class Meter:
                 "samples_total",
                 "tokens_total",
                 "cost_total",
+                "nominal_cost_total",
                 "data_wait_seconds_total",
                 "skipped_steps_total",
                 "recompiles_total",
@@ -52,6 +53,7 @@ class Meter:
         self.totals["samples_total"] += self._global_batch
         self.totals["tokens_total"] += self._global_batch * self._method.tokens(plan)
         self.totals["cost_total"] += self._global_batch * sample_cost
+        self.totals["nominal_cost_total"] += self._global_batch * self._method.nominal_sample_cost(plan)
         self.totals["data_wait_seconds_total"] = data_wait
         self.totals["skipped_steps_total"] += not result.applied
         self.totals["recompiles_total"] = self._method.encoder.run_block.recompiles

@@ -47,7 +47,7 @@ def run(config: PlanConfig) -> None:
 def imagine(config: TrainConfig) -> Method:
     """Return the method of a run with shapes but no weights: plans ask for nothing else."""
     with torch.device("meta"):
-        return build_method(config.method, ViT(config.model, config.seed))
+        return build_method(config.method, ViT(replace(config.model, weights=""), config.seed))
 
 
 def stages(config: TrainConfig, schedules: Schedules, method: Method) -> list[StageRow]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,8 @@ def prewarm(method: Method, plans: Iterable[StepPlan], local_batch: int, device:
     shapes = {(plan.query, plan.key, plan.frozen_layers): plan for plan in plans}
     views = tuple(torch.zeros(local_batch, 3, view.size, view.size, device=device) for view in method.views())
     batch = BlackBatch(views, torch.arange(local_batch, device=device))
-    with _no_trace(method, device):
+    # A method draws nothing at random, a compiler may.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for plan in shapes.values():
             _forward_and_backward(method, batch, plan)
     blocks.seal()
@@ -56,16 +56,3 @@ def _forward_and_backward(method: Method, batch: BlackBatch, plan: StepPlan) -> 
     torch.autograd.grad(loss, [p for p in method.parameters() if p.requires_grad], allow_unused=True)
     for parameter in frozen:
         parameter.requires_grad_(True)
-
-
-@contextmanager
-def _no_trace(method: Method, device: torch.device) -> Iterator[None]:
-    """Put batch norm's statistics, the method's own state and the random states back afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in method.named_buffers()}
-    state = {name: tensor.clone() for name, tensor in method.state().items()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        for name, buffer in method.named_buffers():
-            buffer.copy_(buffers[name])
-    method.load(state)

@@ -180,6 +180,9 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
     for section, part in (("model", config.model), ("method", config.method), ("freeze", config.freeze)):
         values |= {section: type(part).__name__}
         values |= {f"{section}.{key}": str(value) for key, value in vars(part).items()}
+    # How blocks run, and where training started: a checkpoint does not depend on them.
+    for key in ("model.compile", "model.weights"):
+        del values[key]
     return values
 
 

@@ -37,17 +37,17 @@ class Compression:
             base = compressor.patch_size(base)
         return base
 
-    def num_patches(self, image_size: int, base: int, path: str = "model.image_size") -> int:
+    def num_patches(self, image_size: int, base: int) -> int:
         """Return the patches of a square image before any is dropped.
 
         Raises:
-            ValueError: the patch size does not divide the image size, which the config calls `path`.
+            ValueError: the patch size does not divide the image size.
         """
         size = self.patch_size(base)
         if image_size % size:
             fitting = [s for s in range(base, image_size + 1) if image_size % s == 0]
             raise ValueError(
-                f"compression.patch_size must divide {path}={image_size}, got {size}; "
+                f"compression.patch_size must divide model.image_size={image_size}, got {size}; "
                 f"sizes that do: {', '.join(map(str, fitting))}."
             )
         return (image_size // size) ** 2

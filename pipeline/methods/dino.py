@@ -82,7 +82,11 @@ class DINO(Method):
         super().__init__()
         self.config = config
         self.encoder = encoder
-        Compression().num_patches(config.small_size, encoder.config.patch_size, "method.small_size")
+        if config.small_crops and config.small_size % encoder.config.patch_size:
+            raise ValueError(
+                f"method.small_size must be a multiple of model.patch_size={encoder.config.patch_size}, "
+                f"got {config.small_size}; small crops keep the model's own patches."
+            )
         if not encoder.config.weights:
             initialize_as_dino(encoder)
         self.head = PrototypeHead(
@@ -114,7 +118,7 @@ class DINO(Method):
         students = dict(zip(features, outputs, strict=True))
         loss = distillation(students, targets, self.config.student_temperature)
         metrics = spread(features[self._queries[0]])
-        metrics["teacher_entropy_ratio"] = entropy_ratio(targets[self._keys[0]])
+        metrics |= self._entropies(targets[self._keys[0]])
         center = mean_over_ranks(torch.cat([at_least_fp32(each) for each in logits.values()]).mean(0))
         return StepOutput(loss, metrics, {"center": center})
 
@@ -174,6 +178,14 @@ class DINO(Method):
         """Restore teacher and center."""
         self._center.copy_(state["center"])
         self._teacher[0].load({name: each for name, each in state.items() if name != "center"})
+
+    @staticmethod
+    def _entropies(target: Tensor) -> dict[str, Tensor]:
+        # A teacher collapses in one of two ways: it says nothing, or it says one thing of every image.
+        return {
+            "teacher_entropy_ratio": entropy_ratio(target),
+            "prototype_entropy_ratio": entropy_ratio(target.mean(0, keepdim=True)),
+        }
 
     def _features(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
         crops = dict.fromkeys(self._queries, plan.query) | {s: Compression() for s in self._small}

@@ -17,7 +17,8 @@ def spread(features: Tensor) -> dict[str, Tensor]:
 
     ``feature_std``: mean over dimensions of the standard deviation of normalized features, times sqrt(D); 1 for
     directions that are uniform on the sphere, 0 for equal ones. ``effective_rank``: participation ratio of the
-    eigenvalues of their covariance, (sum l)^2 / sum l^2, between 1 and min(B - 1, D); it needs no decomposition.
+    eigenvalues of their covariance, (sum l)^2 / sum l^2, between 1 and min(B - 1, D), 0 for equal features; it needs no
+    decomposition.
     """
     unit = F.normalize(at_least_fp32(features), dim=1)
     centered = unit - unit.mean(0)

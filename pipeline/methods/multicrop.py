@@ -31,7 +31,7 @@ def encode(
             torch.cat([batch.views[view] for view in group]),
             compression,
             batch.index.repeat(len(group)),
-            torch.tensor(group, device=batch.index.device).repeat_interleave(len(batch.index)),
+            torch.cat([torch.full_like(batch.index, view) for view in group]),
             frozen_layers,
             stochastic,
         )

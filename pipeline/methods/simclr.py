@@ -67,9 +67,7 @@ class SimCLR(Method):
         """Return the contrastive loss, the mean over the anchors."""
         features = self._features(batch, plan)
         one, two = (self.projector(features[view]) for view in (0, 1))
-        loss = nt_xent(one, two, self.config.temperature)
-        if self.config.symmetric:
-            loss = (loss + nt_xent(two, one, self.config.temperature)) / 2
+        loss = nt_xent(one, two, self.config.temperature, symmetric=self.config.symmetric)
         return StepOutput(loss, spread(features[0]))
 
     def forwards(self, plan: StepPlan) -> Sequence[Forward]:

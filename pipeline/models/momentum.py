@@ -18,8 +18,7 @@ class MomentumEncoder:
     """A copy of an online network that follows it (Eq. 2 of He et al., 2020).
 
     Not an nn.Module on purpose: the engine must neither cast, nor shard, nor optimize it. The average is kept in
-    fp32 whatever the network computes in, since bf16 loses the update at momenta near 1. Buffers are the
-    copy's own; it stays in training mode, so its batch norm uses batch statistics.
+    fp32 whatever the network computes in, since bf16 loses the update at momenta near 1.
     """
 
     def __init__(self, online: nn.Module) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -33,7 +36,8 @@ class ViTConfig:
     # The share of samples that skip a branch of the last block while it learns; 0 at the first block, linear between.
     stochastic_depth: float = 0.0
     # Where training starts: "" is random, "timm" are timm's own weights of this name, else the path of a timm state
-    # dict, .safetensors or .pth. Positions and kernels of other sizes are resized as timm does.
+    # dict, .safetensors or .pth, which expects ImageNet's mean and deviation. Positions and kernels of other sizes are
+    # resized as timm does.
     weights: str = ""
     # Compile the blocks, one graph for each shape, before the first step.
     compile: bool = False
@@ -91,7 +95,29 @@ def create(config: ViTConfig) -> Any:
         raise ValueError(
             f"model.name={config.name} {misfit}; take a plain ViT with a class token like vit_base_patch16_224."
         )
-    return _build(config, changes, pretrained=True) if config.weights else backbone
+    if not config.weights:
+        return backbone
+    backbone = _build(config, changes, pretrained=True)
+    if config.weights == TIMM_WEIGHTS:
+        fold_normalization(backbone.patch_embed.proj, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
+    return backbone
+
+
+@torch.no_grad()
+def fold_normalization(patch: nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Let a patch projection that expects pixels of another mean and deviation take those of ImageNet's, exactly.
+
+    With x = (p - m) / s for pixels p: W x' + b = W (x s / s' + (m - m') / s') + b.
+    """
+    ours, theirs = ((IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), (mean, std))
+    (m, s), (other_m, other_s) = ((torch.tensor(each, dtype=torch.float64) for each in pair) for pair in (ours, theirs))
+    weight = patch.weight.double()
+    shift = (weight * ((m - other_m) / other_s)[:, None, None]).sum((1, 2, 3))
+    if patch.bias is None and shift.any():
+        patch.bias = nn.Parameter(torch.zeros_like(patch.weight[:, 0, 0, 0]))
+    if patch.bias is not None:
+        patch.bias += shift
+    patch.weight.copy_(weight * (s / other_s)[:, None, None])
 
 
 def find_misfit(backbone: Any) -> str:

@@ -21,9 +21,7 @@ def test_batch_norm_alone_is_torchs_own() -> None:
             torch.autograd.grad((out * weights).sum(), x)[0],
             torch.autograd.grad((want * weights).sum(), x)[0],
         )
-    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
-    torch.testing.assert_close(ours.running_var, torchs.running_var)
-    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+    assert not list(ours.buffers())
 
 
 def test_two_processes_normalize_and_differentiate_as_one(run_ranks: Callable[..., list[str]]) -> None:
@@ -55,7 +53,6 @@ def test_two_processes_normalize_and_differentiate_as_one(run_ranks: Callable[..
         # Gradients are averaged over processes afterwards, so each carries the factor 2.
         error = (mine.grad / 2 - x.grad.chunk(2)[world.rank]).abs().max()
         assert error < 1e-12, error
-        assert (norm.running_var - plain.running_var).abs().max() < 1e-12
         assert distributed.any_rank(world.rank == 1, False) == (True, False)
         assert distributed.from_main(world.rank) == 0
         try:

@@ -49,6 +49,13 @@ def test_scaled_rates_warm_up_to_the_layers_own_rate() -> None:
     assert just_before == pytest.approx(at, rel=1e-6)
 
 
+@given(st.floats(0.01, 1.0), st.integers(2, 49), st.sampled_from(list(Curve)))
+def test_the_last_layer_never_freezes_whatever_the_rounding(t0: float, layers: int, curve: Curve) -> None:
+    times = FreezeOut(t0=t0, curve=curve).freeze_times(layers)
+    assert times[-1] is None
+    assert all(time is not None and 0 < time < 1 for time in times[:-1]) or t0 > 0.999
+
+
 def test_linear_and_square_curves() -> None:
     assert FreezeOut(t0=0.5, curve=Curve.linear).freeze_times(3) == (0.5, 0.75, None)
     assert FreezeOut(t0=0.5, curve=Curve.square).freeze_times(3) == (0.25, 0.5625, None)

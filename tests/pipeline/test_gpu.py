@@ -14,15 +14,23 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_on_the_gpu_resumes_and_evaluates(tmp_path: Path, drawn_shards: Path, precision: str) -> None:
+@pytest.mark.parametrize("experiment", ["demo", "small_moco", "small_simclr", "small_dino"])
+def test_a_run_on_the_gpu_resumes_and_evaluates(
+    tmp_path: Path, drawn_shards: Path, experiment: str, precision: str
+) -> None:
     def coldpress(command: str, *words: str) -> str:
         argv = [sys.executable, "-m", "pipeline.cli", command, "run=gpu", f"runs={tmp_path}", *words]
         done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    words = ["experiment=demo", f"data.shards={drawn_shards}", f"engine.precision={precision}", "batch_size=16"]
-    words += ["budget.value=30", "log_every=1"]
+    words = [
+        f"experiment={experiment}",
+        f"data.shards={drawn_shards}",
+        f"engine.precision={precision}",
+        "batch_size=16",
+    ]
+    words += ["budget.value=30", "budget.unit=steps", "log_every=1"]
     assert "on cuda" in coldpress("train", *words)
     assert "finished at step 30" in coldpress("train", *words)
     rows = [json.loads(line) for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What a report says of single layers."""
+"""Counts of steps, and what a report says of single layers."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,8 @@ import torch
 from monitoring.metrics import check
 from pipeline import distributed
 from pipeline.checkpoint import TrainState
-from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.compression.schedule import compression
+from pipeline.engine import Engine, EngineConfig, Precision, StepResult
 from pipeline.meter import Meter
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
@@ -50,3 +51,18 @@ def test_without_the_switch_nothing_is_said_of_layers(
 ) -> None:
     metrics = report(make_moco(), make_batch(), EngineConfig(Precision.fp32), frozen=0)
     assert [name for name in metrics if name.startswith("grad_norm")] == ["grad_norm"]
+
+
+def test_cost_is_counted_by_real_tokens_and_by_the_papers_formula(
+    make_moco: Callable[..., MoCo], make_plan: Callable[..., StepPlan]
+) -> None:
+    moco = make_moco()
+    meter = Meter(moco, Budget(100, Unit.steps), 8)
+    plan = make_plan(moco, compression(None, 0.5), frozen=2)
+    for applied in (True, False):
+        meter.count(plan, StepResult(torch.zeros(()), {}, applied), moco.sample_cost(plan), data_wait=0.5)
+    # 17 tokens, 9 of them kept in the query; one of three blocks is frozen. The formula keeps 8.5 and freezes none.
+    assert meter.totals["cost_total"] == pytest.approx(2 * 8 * ((3 - 2 / 3) * 9 + 17) / 17)
+    assert meter.totals["nominal_cost_total"] == pytest.approx(2 * 8 * (3 * 8.5 + 17) / 17)
+    assert meter.totals["tokens_total"] == 2 * 8 * (9 + 17)
+    assert meter.totals["skipped_steps_total"] == 1

@@ -64,6 +64,16 @@ def test_polynomial_stays_above_cosine_late() -> None:
     assert polynomial.decay(1.0) == 0.0
 
 
+def test_the_rate_ends_at_its_final_share_and_frozen_layers_at_zero() -> None:
+    for shape, halfway in ((Shape.cosine, 0.5), (Shape.polynomial, 0.75)):
+        rate = RateConfig(warmup=0.0, shape=shape, final=0.1)
+        assert rate.decay(0.0) == 1.0
+        assert rate.decay(0.5) == pytest.approx(0.1 + 0.9 * halfway)
+        assert rate.decay(1.0) == pytest.approx(0.1)
+        assert rate.decay(0.25, end=0.5) == pytest.approx(halfway)
+        assert rate.decay(0.5, end=0.5) == 0.0
+
+
 def test_linear_scaling_rule() -> None:
     assert RateConfig(base=1.5e-4).peak(4096) == pytest.approx(2.4e-3)
 
@@ -113,6 +123,7 @@ def test_changes_are_where_steps_change_shape() -> None:
     ("arguments", "sentence"),
     [
         ({"base": 0.0}, r"rate\.base must be above 0"),
+        ({"final": 1.1}, r"rate\.final must be a share of the peak"),
         ({"warmup": 1.0}, r"rate\.warmup must be a share .* got 1\."),
     ],
 )

@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.compose import load
+from pipeline.evaluate import load_encoder
+from pipeline.run_directory import read_overrides
+
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24
 # Compression and freezing both change shape within the run.
@@ -169,6 +173,40 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, rank
     assert frozen[0] == 0
     assert frozen[-1] == 3
     assert len({row["query_tokens"] for row in second.rows()}) == 3
+
+
+OTHER_METHODS = {
+    "simclr": ["method=simclr"],
+    "dino": [
+        "method=dino",
+        "method.bottleneck_dim=16",
+        "method.small_crops=2",
+        "method.small_size=16",
+        "method.last_layer_start=0.5",
+        "model.stochastic_depth=0.2",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_every_method_resumes_bit_for_bit_and_evaluates_what_it_should(train: Train, name: str) -> None:
+    words = OTHER_METHODS[name]
+    whole = train("whole", 1, *words)
+    whole.succeed()
+    first = train("parts", 1, *words)
+    first.wait_for_step(7)
+    first.send(signal.SIGTERM)
+    assert first.end()[0] == [75]
+    second = train("parts", 1, *words)
+    assert "resumed at step" in second.succeed()
+    assert_same_run(whole, second)
+
+    where = [f"run={whole.directory.name}", f"runs={whole.directory.parent}"]
+    training = load("train", read_overrides(whole.directory))
+    encoder, _ = load_encoder(load("evaluate", where), training)
+    prefix = "coldpress/" if name == "dino" else "module/"
+    key = f"mp_rank_00_model_states.pt/{prefix}encoder.blocks.1.mlp.fc1.weight"
+    assert torch.equal(encoder.blocks[1].mlp.fc1.weight, final_tensors(whole.directory)[key])
 
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
@@ -96,6 +95,16 @@ def test_a_head_of_uniform_teacher_and_student_is_at_chance(make_plan: MakePlan)
         assert isinstance(head, PrototypeHead)
         torch.nn.init.ones_(head.prototypes.direction)
     assert float(dino(make_crops(), make_plan(dino)).loss.detach()) == pytest.approx(math.log(24), abs=1e-5)
+
+
+def test_entropies_tell_both_collapses_apart() -> None:
+    always_one = DINO._entropies(torch.eye(4)[[2, 2, 2]])
+    assert (float(always_one["teacher_entropy_ratio"]), float(always_one["prototype_entropy_ratio"])) == (0, 0)
+    nothing = DINO._entropies(torch.full((3, 4), 0.25))
+    assert float(nothing["teacher_entropy_ratio"]) == pytest.approx(1)
+    sound = DINO._entropies(torch.eye(4))
+    assert float(sound["teacher_entropy_ratio"]) == 0
+    assert float(sound["prototype_entropy_ratio"]) == pytest.approx(1)
 
 
 def test_the_center_follows_the_teachers_mean_logits(make_plan: MakePlan) -> None:
@@ -195,10 +204,11 @@ def test_bad_values_are_refused(arguments: dict[str, object], sentence: str) -> 
 
 
 def test_small_crops_that_patches_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"must divide method\.small_size=20, got 8; sizes that do: 10, 20"):
+    with pytest.raises(ValueError, match=r"method\.small_size must be a multiple of model\.patch_size=8, got 20"):
         make_dino(small_size=20)
 
 
 def test_without_small_crops(make_plan: MakePlan) -> None:
-    dino = make_dino(small_crops=0)
-    assert F.relu(dino(make_crops(small=0), make_plan(dino)).loss) > 0
+    dino = make_dino(small_crops=0, small_size=20)
+    assert dino.tokens(make_plan(dino)) == 2 * 17
+    assert float(dino(make_crops(small=0), make_plan(dino)).loss.detach()) > 0

@@ -38,7 +38,7 @@ if world_size() > 1:
         tensor /= world_size()
 method.after_step(plan, output)
 if rank() == 0:
-    state = {n: t for n, t in method.state().items() if t.is_floating_point() and "running" not in n}
+    state = {n: t for n, t in method.state().items()}
     torch.save({"loss": loss, **grads, **state}, FILE)
 """
 

@@ -8,11 +8,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
+from data.dali.view import MEAN, STD
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
-from pipeline.models.timm_backbone import find_misfit
+from pipeline.models.timm_backbone import find_misfit, fold_normalization
 from pipeline.models.vit import Positions, ViT, ViTConfig
 
 LEARNED = ViTConfig("vit_tiny_patch16_224", 48, 8, 48, 3, 3, Positions.learned)
@@ -165,3 +167,28 @@ def test_a_file_that_does_not_fit_is_refused(content: str, tmp_path: Path) -> No
 def test_an_image_that_the_patch_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"patch_size must divide model\.image_size=225, got 16; try 224 pixels"):
         ViTConfig(image_size=225)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_kernel_for_other_pixels_sees_the_same_in_ours(bias: bool) -> None:
+    torch.manual_seed(0)
+    patch = torch.nn.Conv2d(3, 8, 4, 4, bias=bias).double()
+    pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 255
+
+    def normalized(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+        scale, shift = (255 * torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (std, mean))
+        return (pixels - shift) / scale
+
+    theirs = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
+    want = patch(normalized(*theirs))
+    fold_normalization(patch, *theirs)
+    ours = tuple(value / 255 for value in MEAN), tuple(value / 255 for value in STD)
+    torch.testing.assert_close(patch(normalized(*ours)), want, atol=1e-9, rtol=0)
+
+
+def test_a_kernel_for_our_pixels_stays_as_it_is() -> None:
+    patch = torch.nn.Conv2d(3, 8, 4, 4, bias=False)
+    before = patch.weight.clone()
+    fold_normalization(patch, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert torch.equal(patch.weight, before)
+    assert patch.bias is None
