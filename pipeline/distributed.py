@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.allocator import keep_freed_memory
+
 # srun, unlike torchrun, names these differently.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 T = TypeVar("T")
@@ -49,6 +51,8 @@ def start() -> World:
         # With one visible device per task, as srun --gpus-per-task gives, the local rank is not its number.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         # gloo beside nccl: flags and strings travel on the CPU without a device synchronization.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

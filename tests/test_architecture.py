@@ -14,7 +14,8 @@ COMMANDS = {f"pipeline.{name}" for name in ("train", "plan", "evaluate", "bench"
 ARROWS: dict[str, set[str]] = {
     "data": set(),
     "monitoring": set(),
-    "pipeline.distributed": set(),
+    "pipeline.allocator": set(),
+    "pipeline.distributed": {"pipeline.allocator"},
     "pipeline.compression": set(),
     "pipeline.freezing": set(),
     "pipeline.optim": set(),
