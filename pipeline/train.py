@@ -93,7 +93,8 @@ def train(
         state.advance(config.batch_size, cost)
         meter.count(plan, result, cost, parts.loader.wait_seconds)
         skips.watch(state.step, result, batch)
-        finished = _progress(parts.budget, state) >= 1
+        progress = _progress(parts.budget, state)
+        finished = progress >= 1
 
         if state.step % config.log_every == 0 or finished:
             loss = float(distributed.mean_over_ranks(result.loss))
@@ -103,7 +104,7 @@ def train(
 
         probing, saving, stopping = distributed.any_rank(
             world.is_main and parts.probe.due(meter.elapsed, meter.seconds_per_sample),
-            world.is_main and parts.checkpointer.due(state),
+            world.is_main and parts.checkpointer.due(state, progress),
             stop.requested,
         )
         if probing:
@@ -114,7 +115,7 @@ def train(
             meter.pause(time.monotonic() - begin)
         if saving or stopping or finished:
             begin = time.monotonic()
-            sinks.write(state.step, parts.checkpointer.save(parts.engine, state))
+            sinks.write(state.step, parts.checkpointer.save(parts.engine, state, progress))
             meter.pause(time.monotonic() - begin)
             _say(directory, "finished" if finished else "running", state)
         if stopping and not finished:
