@@ -29,6 +29,7 @@ ROOTS: dict[str, tuple[str, str]] = {
     "plan": (RUNS, "PlanConfig"),
     "train": (RUNS, "TrainConfig"),
     "evaluate": (RUNS, "EvaluateConfig"),
+    "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),
     "bench": (RUNS, "BenchConfig"),
     "demo": (RUNS, "DemoConfig"),

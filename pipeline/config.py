@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,46 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
+
+
+@dataclass
+class AnalyzeConfig:
+    """Gradient-error analysis of one run's checkpoints."""
+
+    run: str = MISSING
+    runs: str = "runs"
+    # Shares of the run's budget; the checkpoints nearest to them are analyzed, 0 is the untrained model.
+    points: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    # The grid. Without patch sizes: from the model's own to three times it, those that divide the image.
+    patch_sizes: list[int] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9])
+    samples: int = 16384
+    # Of so many samples each gradient is made: the loss has their negatives, and heads their batch statistics.
+    sub_batch: int = 256
+    # Of equation 10, in units of cost; 0 is the cost of one uncompressed batch of the run.
+    budget: float = 0.0
+    # Which samples, and how they are augmented.
+    seed: int = 0
+    # Cells of one pass over the samples; fewer need less memory, lose less when stopped and take longer. 0 takes all.
+    cells_at_once: int = 0
+    # Where the run's shards are today; empty: where they were.
+    shards: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.points or not all(0 <= point <= 1 for point in self.points):
+            raise ValueError(f"points must be shares of the budget in [0, 1], got {self.points}.")
+        if self.sub_batch < 2 or self.samples % self.sub_batch or self.samples < 4 * self.sub_batch:
+            raise ValueError(
+                "samples must be a multiple of sub_batch, at least 4 of them, and sub_batch at least 2; "
+                f"got {self.samples} and {self.sub_batch}."
+            )
+        if not 0 <= self.budget < math.inf:
+            raise ValueError(f"budget must not be negative, got {self.budget:g}; 0 is one uncompressed batch.")
+        if self.cells_at_once < 0 or self.seed < 0:
+            raise ValueError(
+                f"cells_at_once and seed must not be negative, got {self.cells_at_once} and {self.seed}; "
+                "cells_at_once=0 takes all."
+            )
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted(p for room in ("pipeline", "data", "monitoring") for p in (REPOSITORY / room).rglob("*.py"))
-COMMANDS = {f"pipeline.{name}" for name in ("train", "plan", "evaluate", "bench", "compare", "demo")}
+COMMANDS = {f"pipeline.{name}" for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "demo")}
 
 # A room may import itself and what stands here; what is not listed is forbidden. Longest name first wins.
 ARROWS: dict[str, set[str]] = {
@@ -38,6 +38,14 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
     "pipeline.meter": {"pipeline.checkpoint", "pipeline.engine", "pipeline.methods", "pipeline.schedules"},
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
+    "pipeline.networks": {"pipeline.config", "pipeline.engine", "pipeline.methods", "pipeline.models"},
+    "pipeline.analysis": {
+        "pipeline.compression",
+        "pipeline.distributed",
+        "pipeline.methods",
+        "pipeline.models",
+        "pipeline.schedules",
+    },
     "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
     "pipeline.config": {"pipeline", "data", "monitoring"},
@@ -57,6 +65,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.dali", "data.manifest", "data.views"},
     "pipeline.plan": {"pipeline.train"},
+    "pipeline.analyze": {"pipeline.train"},
     "pipeline.cli": {"pipeline.compose", "pipeline.preemption", "data.verify"},
 }
 # Commands stand on everything below them; only the command line and `plan`, which plans a training run, name one.

@@ -175,9 +175,7 @@ def test_due_by_steps_and_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert keeper.due(TrainState(step=11), 0.5)
 
 
-def test_milestones_are_saved_when_passed_and_kept_for_good(
-    tmp_path: Path, make_moco: Callable[..., MoCo]
-) -> None:
+def test_milestones_are_saved_when_passed_and_kept_for_good(tmp_path: Path, make_moco: Callable[..., MoCo]) -> None:
     def keeper() -> Checkpointer:
         return checkpointer(tmp_path, keep_last=1, milestones=[0.25, 0.5, 1.0])
 
@@ -200,7 +198,10 @@ def test_milestones_are_saved_when_passed_and_kept_for_good(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"milestones": [0.5, 1.5]}, r"checkpoint\.milestones must be shares of the budget in \(0, 1\], got \[0\.5, 1\.5\]"),
+        (
+            {"milestones": [0.5, 1.5]},
+            r"checkpoint\.milestones must be shares of the budget in \(0, 1\], got \[0\.5, 1\.5\]",
+        ),
         ({"every_steps": 0}, r"checkpoint\.every_steps and checkpoint\.every_minutes must be above 0, got 0 and 15"),
         ({"keep_last": 0}, r"checkpoint\.keep_last must be at least 1, got 0"),
     ],
