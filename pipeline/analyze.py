@@ -28,7 +28,7 @@ from pipeline.run_directory import read_overrides
 from pipeline.train import build_schedules
 
 # At the very end every rate is zero, and a layer with a rate of zero counts as frozen.
-LAST = 1 - 1e-9
+LAST = 1 - 1e-6
 FOLDER = "analysis"
 # Further from an asked progress than this, a checkpoint is worth a warning.
 NEAR = 0.05
@@ -90,7 +90,7 @@ def nearest(asked: list[float], directory: Path) -> list[Point]:
                 100 * progress,
                 point.name,
                 100 * point.progress,
-                str(asked).replace(" ", ""),
+                str([milestone for milestone in asked if milestone]).replace(" ", ""),
             )
         damage = find_damage(point.checkpoint) if point.checkpoint else None
         if damage:
