@@ -1,5 +1,6 @@
 """Families of timm by name: equal to timm's own forward, weights of a file, and what is refused."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,25 @@ def test_a_kernel_for_our_pixels_stays_as_it_is() -> None:
     fold_normalization(patch, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert torch.equal(patch.weight, before)
     assert patch.bias is None
+
+
+def test_timms_own_weights_see_our_pixels_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_base_patch16_clip_224"
+    reference = make_reference(name)
+    # What timm would download.
+    monkeypatch.setattr("pipeline.models.timm_backbone.timm.create_model", lambda *_, **__: copy.deepcopy(reference))
+    vit = ViT(replace(LEARNED, name=name, weights="timm"), seed=0)
+    mean, std, ours_mean, ours_std = (
+        torch.tensor(each)[:, None, None]
+        for each in (
+            reference.pretrained_cfg["mean"],
+            reference.pretrained_cfg["std"],
+            IMAGENET_DEFAULT_MEAN,
+            IMAGENET_DEFAULT_STD,
+        )
+    )
+    assert not torch.equal(mean, ours_mean)
+    pixels = torch.rand(4, 3, 48, 48)
+    with torch.no_grad():
+        got, want = vit((pixels - ours_mean) / ours_std, Compression(), INDEX), pooled(reference, (pixels - mean) / std)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
