@@ -48,6 +48,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
+    "pipeline.analysis": {
+        "pipeline.compression",
+        "pipeline.distributed",
+        "pipeline.methods",
+        "pipeline.models",
+        "pipeline.schedules",
+    },
     "pipeline.config": {"pipeline", "data", "monitoring"},
     "pipeline.compose": set(),
     "pipeline.children": set(),
@@ -76,6 +83,7 @@ DOORS = {
     "nvidia": {"data/dali/", "pipeline/benchmarks/peers/dali_reader.py"},
     "prometheus_client": {"monitoring/"},
     "hydra": {"pipeline/compose.py"},
+    "yaml": {"pipeline/compression/schedule_file.py"},
     "omegaconf": {"pipeline/compose.py", "pipeline/config.py"},
 }
 
