@@ -8,7 +8,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted(p for room in ("pipeline", "data", "monitoring") for p in (REPOSITORY / room).rglob("*.py"))
-COMMANDS = {f"pipeline.{name}" for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "demo")}
+COMMANDS = {
+    f"pipeline.{name}" for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "study", "demo")
+}
 
 # A room may import itself and what stands here; what is not listed is forbidden. Longest name first wins.
 ARROWS: dict[str, set[str]] = {
@@ -48,16 +50,19 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
-    "pipeline.analysis": {
-        "pipeline.compression",
-        "pipeline.distributed",
+    "pipeline.config": {"pipeline", "data", "monitoring"},
+    "pipeline.compose": set(),
+    "pipeline.children": set(),
+    "pipeline.trials": {
+        "data",
+        "pipeline.children",
+        "pipeline.compose",
+        "pipeline.config",
         "pipeline.methods",
         "pipeline.models",
         "pipeline.schedules",
     },
-    "pipeline.config": {"pipeline", "data", "monitoring"},
-    "pipeline.compose": set(),
-    "pipeline.children": set(),
+    "pipeline.study_plots": {"pipeline.plots"},
     "pipeline.run_directory": {"pipeline.compose", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.compression",

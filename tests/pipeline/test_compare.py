@@ -8,14 +8,19 @@ import pytest
 
 from data.shard import ShardConfig
 from data.shard import run as shard
-from pipeline.compare import caveats, cases, check, cost_of_step, run, summarize
+from pipeline.compare import run, trials
 from pipeline.compose import load
 from pipeline.config import CompareConfig
+from pipeline.trials import Task, caveats, check, cost_of_step, summarize
 
 
 def configured(shards: Path | str, *words: str) -> CompareConfig:
     config: CompareConfig = load("compare", [f"shards={shards}", *words])
     return config
+
+
+def task(config: CompareConfig) -> Task:
+    return Task(config.shards, config.val, config.budget, config.support, config.output)
 
 
 def row(step: int, rate: float, wait: float) -> dict[str, float]:
@@ -40,17 +45,17 @@ def test_time_is_the_median_of_the_intervals() -> None:
 
 
 def test_runs_of_few_steps_are_named_and_first_losses_placed() -> None:
-    whole = {"method": "dino", "tokens": "none", "steps": 29, "step_first": 10}
-    compressed = {"method": "dino", "tokens": "patch 8, dropout 0.5", "steps": 30, "step_first": 10}
+    whole = {"run": "dino-none", "steps": 29, "step_first": 10}
+    compressed = {"run": "dino-constant", "steps": 30, "step_first": 10}
     placed, short = caveats([whole, compressed])
     assert "`loss from` is of the first step that is logged (10)" in placed
-    assert "Fewer than 30 steps, so that figures are noise of the start (dino none: 29)" in short
+    assert "Fewer than 30 steps, so that figures are noise of the start (dino-none: 29)" in short
     assert len(caveats([compressed])) == 1
     assert "(5, 10)" in caveats([compressed, whole | {"steps": 5, "step_first": 5}])[0]
 
 
-def test_the_cases_differ_in_compression_only() -> None:
-    whole, compressed = cases(configured("x", "patch_size=12", "dropout=0.25"), "simclr")
+def test_the_runs_differ_in_compression_only() -> None:
+    whole, compressed = trials(configured("x", "patch_size=12", "dropout=0.25"), "simclr")
     assert whole.words == ("compression=none",)
     assert compressed.words == ("compression=constant", "compression.patch_size=12", "compression.dropout=0.25")
     assert (whole.run, compressed.run) == ("simclr-none", "simclr-constant")
@@ -63,7 +68,7 @@ def test_the_cases_differ_in_compression_only() -> None:
 )
 def test_the_cost_of_a_step_is_foreseen(method: str, whole: float, compressed: float | None) -> None:
     config = configured("x", "patch_size=6", "dropout=0.5")
-    costs = [cost_of_step(config, case) for case in cases(config, method)]
+    costs = [cost_of_step(task(config), trial) for trial in trials(config, method)]
     assert costs[0] == pytest.approx(256 * whole)
     assert costs[1] == pytest.approx(256 * (compressed or (3 * 33 + 12 * 17 + 65) / 65))
 
@@ -84,11 +89,14 @@ def test_refusals(words: list[str], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["patch_size=10"], r"^patch_size must divide model\.image_size=48, got 10; sizes that do: 6, 8, 12, 16, 24, 48"),
+        (
+            ["patch_size=10"],
+            r"^patch_size must divide model\.image_size=48, got 10; sizes that do: 6, 8, 12, 16, 24, 48",
+        ),
         (["patch_size=0"], r"^patch_size must be a number of pixels, got 0"),
         (["dropout=1.0"], r"^dropout must be in \[0, 1\), got 1\.0; 0 keeps every token"),
         # One step of 256 samples of DINO: 3 * 65 + 3 * 4 * 17 + 65 tokens over 65.
-        (["budget=1827"], r"at least 2 steps, got 1827: one step of dino \(compression none\) costs 1827\.45; 90e3"),
+        (["budget=1827"], r"at least 2 steps, got 1827: one step of dino-none costs 1827\.45; 90e3"),
         (["val={flat}"], r"^val: .*flat has 0 classes, .*shards has 4 or others; both must be sharded from the same"),
         (["val={three}"], r"^val: .*three has 3 classes, .*shards has 4 or others"),
         (["val={broken}"], r"broken.*\.tar: missing, but manifest\.json names it"),
@@ -107,13 +115,12 @@ def test_what_a_later_command_would_refuse_is_refused_before_the_first(
 
 
 def test_what_can_be_run_passes_the_check(drawn_shards: Path) -> None:
-    check(configured(drawn_shards, f"val={drawn_shards}", "budget=1828"))
+    config = configured(drawn_shards, f"val={drawn_shards}", "budget=1828")
+    check(task(config), [trial for method in config.methods for trial in trials(config, method)])
 
 
 @pytest.fixture(scope="module")
-def other_shards(
-    drawn_folder: Path, drawn_shards: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def other_shards(drawn_folder: Path, drawn_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return sets that do not go with `drawn_shards`: without labels, with a class less, with a tar less."""
     root = tmp_path_factory.mktemp("others")
     folders = sorted(drawn_folder.iterdir())
@@ -131,7 +138,7 @@ def test_a_comparison(tmp_path: Path, drawn_shards: Path, capfd: pytest.CaptureF
     run(configured(drawn_shards, *words))
     table = capfd.readouterr().out
     assert "simclr: a compressed sample costs 3.42x less and takes" in table
-    assert "noise of the start (simclr none: 2; simclr patch 8, dropout 0.5: 5)" in table
+    assert "noise of the start (simclr-none: 2; simclr-constant: 5)" in table
     whole, compressed = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert (whole["cost"], compressed["cost"]) == (pytest.approx(6.0), pytest.approx(3 * 38 / 65))
     assert (whole["steps"], compressed["steps"]) == (2, 5)
