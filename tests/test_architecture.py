@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.config": {"pipeline", "data", "monitoring"},
     "pipeline.compose": set(),
     "pipeline.children": set(),
-    "pipeline.run_directory": {"pipeline.compose", "pipeline.config"},
+    "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.compression",
         "pipeline.config",
