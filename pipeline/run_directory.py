@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.compose import to_yaml
+from pipeline.compression import CompressionSchedule, Staged
+from pipeline.compression.schedule_file import in_line
 from pipeline.config import TrainConfig
 
 CONFIG_NAME = "config.yaml"
@@ -50,7 +52,8 @@ class RunDirectory:
         """Create or reopen the directory and write down how the run was started."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / CONFIG_NAME).write_text(to_yaml(self._config))
-        (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(o)}\n" for o in overrides))
+        words = without_files(overrides, self._config.compression)
+        (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(word)}\n" for word in words))
         (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1))
         _log_to(self.path / "train.log")
 
@@ -84,6 +87,20 @@ def read_overrides(directory: Path) -> list[str]:
     except OSError as error:
         raise ValueError(f"run: no run in {directory}; give run=NAME and, if it is elsewhere, runs=DIR.") from error
     return [json.loads(line[2:]) for line in lines]
+
+
+def without_files(overrides: list[str], compression: CompressionSchedule) -> list[str]:
+    """Return overrides that say the same without the schedule's file, which may be gone when they are read again."""
+    keys = ("compression.file", "compression.stages")
+    named = [word for word in overrides if word.lstrip("+").partition("=")[0] in keys]
+    if not isinstance(compression, Staged) or not any("compression.file=" in word for word in named):
+        return overrides
+    stages = ", ".join(in_line(stage) for stage in compression.stages)
+    return [
+        *(word for word in overrides if word not in named),
+        "compression.file=''",
+        f"compression.stages=[{stages}]",
+    ]
 
 
 def _environment() -> dict[str, object]:

@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.schedules",
     },
     "pipeline.study_plots": {"pipeline.plots"},
-    "pipeline.run_directory": {"pipeline.compose", "pipeline.config"},
+    "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.compression",
         "pipeline.config",

@@ -39,6 +39,7 @@ def test_keys_named_in_the_readme_are_keys() -> None:
             "compression.patch_size": "constant",
             "compression.dropout": "constant",
             "compression.stages": "staged",
+            "compression.file": "staged",
         }
         chosen = [f"compression={options[key]}"] if key in options else ["freeze=freezeout"]
         config = load("train", ["run=x", "budget.value=1", *chosen, *STAGES.get(chosen[0], [])])

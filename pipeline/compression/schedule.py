@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.compression.base import Compression, Compressor
 from pipeline.compression.patch_scaling import PatchScaling
+from pipeline.compression.schedule_file import read_schedule
 from pipeline.compression.token_dropout import TokenDropout
 
 
@@ -117,19 +118,25 @@ class Staged(CompressionSchedule):
     """One compression per stage; what follows the last stage is uncompressed."""
 
     stages: list[Stage] = field(default_factory=list)
+    # Where the stages come from if they are not listed: a file, or the name of a schedule that ships.
+    file: str = ""
 
     def __post_init__(self) -> None:
+        place = "compression.stages"
+        if self.file:
+            place = f"compression.file: {self.file}: stages"
+            self._read()
         if not self.stages:
             raise ValueError(
-                "compression.stages must list at least one stage, got []; "
-                "say for instance compression.stages=[{until:0.5,patch_size:24,dropout:0.5}]."
+                f"{place} must list at least one stage, got []; say for instance "
+                "compression.stages=[{until:0.5,patch_size:24,dropout:0.5}], or name a file: compression.file=PATH."
             )
         previous = 0.0
         for i, stage in enumerate(self.stages):
-            stage.check(f"compression.stages[{i}]")
+            stage.check(f"{place}[{i}]")
             if not previous < stage.until <= 1:
                 raise ValueError(
-                    f"compression.stages[{i}].until must rise from stage to stage within (0, 1], "
+                    f"{place}[{i}].until must rise from stage to stage within (0, 1], "
                     f"got {stage.until} after {previous}; sort the stages by their end."
                 )
             previous = stage.until
@@ -145,6 +152,15 @@ class Staged(CompressionSchedule):
     def changes(self) -> list[float]:
         """Return the ends of the stages that lie before the end of the run."""
         return [stage.until for stage in self.stages if stage.until < 1]
+
+    def _read(self) -> None:
+        """Take the stages of the file and forget its name: what was read is from now on the schedule."""
+        if self.stages:
+            raise ValueError(
+                f"compression.stages and compression.file={self.file} cannot both be given; "
+                "add compression.stages=[] to take the file's, or compression.file='' to take the list."
+            )
+        self.stages, self.file = read_schedule(self.file, Stage), ""
 
     def _stage(self, progress: float) -> Cell:
         return next((stage for stage in self.stages if progress < stage.until), Cell())

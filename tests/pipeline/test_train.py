@@ -17,6 +17,7 @@ import torch
 
 from pipeline.compose import load
 from pipeline.evaluate import load_encoder
+from pipeline.evaluate import run as evaluate
 from pipeline.run_directory import read_overrides
 
 REPOSITORY = Path(__file__).parents[2]
@@ -207,6 +208,22 @@ def test_every_method_resumes_bit_for_bit_and_evaluates_what_it_should(train: Tr
     prefix = "coldpress/" if name == "dino" else "module/"
     key = f"mp_rank_00_model_states.pt/{prefix}encoder.blocks.1.mlp.fc1.weight"
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, final_tensors(whole.directory)[key])
+
+
+def test_a_run_does_not_need_the_schedule_file_that_it_started_from(train: Train, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.yaml"
+    path.write_text("stages: [{until: 0.4, patch_size: 16, dropout: 0.5}, {until: 0.7, dropout: 0.25}]")
+    listed = train("listed")
+    listed.succeed()
+    life = train("filed", 1, "compression.stages=[]", f"compression.file={path}")
+    life.succeed()
+    assert_same_run(listed, life)
+    path.unlink()
+    training = load("train", read_overrides(life.directory))
+    assert [stage.until for stage in training.compression.stages] == [0.4, 0.7]
+    assert "dropout: 0.25" in (life.directory / "config.yaml").read_text()
+    evaluate(load("evaluate", ["run=filed", f"runs={tmp_path}", "k=[5]"]))
+    assert list((life.directory / "eval").glob("knn-*.json"))
 
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
