@@ -181,8 +181,8 @@ def _check_shards(config: CompareConfig) -> None:
 
 def _training(config: CompareConfig, case: Case) -> list[str]:
     """Return the words of a case's training command."""
-    budget = f"budget.value={config.budget}"
-    return [f"experiment=small_{case.method}", f"data.shards={config.shards}", budget, *_place(config, case), *case.words]
+    what = (f"experiment=small_{case.method}", f"data.shards={config.shards}", f"budget.value={config.budget}")
+    return [*what, *_place(config, case), *case.words]
 
 
 def _place(config: CompareConfig, case: Case) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import pytest
 
 from data.shard import ShardConfig
 from data.shard import run as shard
-from pipeline.compare import caveats, cases, check, cost_of_step, run, summarize
+from pipeline.compare import cases, caveats, check, cost_of_step, run, summarize
 from pipeline.compose import load
 from pipeline.config import CompareConfig
 
@@ -84,7 +84,7 @@ def test_refusals(words: list[str], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["patch_size=10"], r"^patch_size must divide model\.image_size=48, got 10; sizes that do: 6, 8, 12, 16, 24, 48"),
+        (["patch_size=10"], r"^patch_size must divide model\.image_size=48, got 10; sizes that do: 6, 8, 12, 16, 24"),
         (["patch_size=0"], r"^patch_size must be a number of pixels, got 0"),
         (["dropout=1.0"], r"^dropout must be in \[0, 1\), got 1\.0; 0 keeps every token"),
         # One step of 256 samples of DINO: 3 * 65 + 3 * 4 * 17 + 65 tokens over 65.
@@ -111,9 +111,7 @@ def test_what_can_be_run_passes_the_check(drawn_shards: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def other_shards(
-    drawn_folder: Path, drawn_shards: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def other_shards(drawn_folder: Path, drawn_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return sets that do not go with `drawn_shards`: without labels, with a class less, with a tar less."""
     root = tmp_path_factory.mktemp("others")
     folders = sorted(drawn_folder.iterdir())
