@@ -79,7 +79,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["batch_size=1"], "batch_size must be at least 2 to have negatives, got 1."),
         (["resume=maybe"], "resume must be auto or never, got maybe."),
         (["seed=-1"], "seed must not be negative, got -1."),
-        (["model.patch_size=0"], "model.patch_size must be at least 1, got 0."),
+        (["model.patch_size=-1"], "model.patch_size must be at least 1, got -1."),
         (["model.depth=0"], "model.depth must be at least 1, got 0."),
         (["method.out_dim=0"], "method.out_dim and method.hidden_dim must be at least 1, got 0 and 4096."),
         (["log_every=0"], "log_every must be at least 1 step, got 0."),
