@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     cost: float = 0.0
+    # What an adaptive compression has seen and chosen, as JSON; empty for every other.
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def advance(self, samples: int, sample_cost: float) -> None:
         """Count one step over `samples` of the global batch."""
