@@ -30,6 +30,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     cost: float = 0.0
+    # What an adaptive compression has seen and chosen, as JSON; empty for every other.
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def advance(self, samples: int, sample_cost: float) -> None:
         """Count one step over `samples` of the global batch."""

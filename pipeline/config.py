@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from data.loader import LoaderConfig
 from monitoring.sinks import MonitorConfig
 from pipeline.checkpoint import CheckpointConfig
-from pipeline.compression import CompressionSchedule, Constant, NoCompression, Staged
+from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.engine import EngineConfig
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import DINOConfig, MoCoConfig, SimCLRConfig
@@ -253,6 +253,6 @@ class BenchConfig:
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.
 GROUPS: dict[str, dict[str, type[Any]]] = {
     "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig},
-    "compression": {"none": NoCompression, "constant": Constant, "staged": Staged},
+    "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
 }

@@ -38,7 +38,22 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.engine": {"pipeline.methods", "pipeline.optim", "pipeline.gradients", "pipeline.schedules"},
     "pipeline.skips": {"pipeline.distributed", "pipeline.engine", "pipeline.methods", "pipeline.preemption"},
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
-    "pipeline.meter": {"pipeline.checkpoint", "pipeline.engine", "pipeline.methods", "pipeline.schedules"},
+    "pipeline.analysis": {"pipeline.distributed", "pipeline.methods", "pipeline.schedules"},
+    "pipeline.tuning": {
+        "pipeline.analysis",
+        "pipeline.checkpoint",
+        "pipeline.compression",
+        "pipeline.distributed",
+        "pipeline.methods",
+        "pipeline.schedules",
+    },
+    "pipeline.meter": {
+        "pipeline.checkpoint",
+        "pipeline.engine",
+        "pipeline.methods",
+        "pipeline.schedules",
+        "pipeline.tuning",
+    },
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
     "pipeline.networks": {"pipeline.config", "pipeline.engine", "pipeline.methods", "pipeline.models"},
     "pipeline.analysis": {

@@ -71,7 +71,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["zebra=1"], "zebra is not a key of coldpress train; `coldpress train --help` lists the keys."),
         (["batch_size=many"], "batch_size: Value 'many' of type 'str' could not be converted to Integer; `cold"),
         (["budget.unit=years"], "budget.unit: Invalid value 'years', expected one of [steps, samples, cost]; `"),
-        (["compression=magic"], "compression=magic is not an option; choose from none, constant, staged."),
+        (["compression=magic"], "compression=magic is not an option; choose from none, constant, staged, adaptive."),
         (["experiment=magic"], "experiment=magic is not an option; choose from demo, "),
         (["compression.dropout=0.5"], "compression.dropout is not a key of coldpress train"),
         (["compression=constant", "compression.dropout=2"], "compression.dropout must be in [0, 1), got 2.0; 0"),
