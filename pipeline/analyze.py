@@ -17,10 +17,12 @@ from data.loader import Batch, Loader
 from pipeline import distributed
 from pipeline.analysis.measure import grid, measure
 from pipeline.analysis.results import Analysis, Panel, panel_from, write
+from pipeline.analysis.selection import Choice, choose, stages
 from pipeline.checkpoint import checkpoints, find_damage, progress_of
 from pipeline.compose import load
 from pipeline.compression import NoCompression
 from pipeline.compression.schedule import Cell
+from pipeline.compression.schedule_file import in_line, write_schedule
 from pipeline.config import AnalyzeConfig, TrainConfig
 from pipeline.distributed import World
 from pipeline.networks import networks
@@ -208,21 +210,43 @@ def _report(config: AnalyzeConfig, training: TrainConfig, directory: Path, panel
         },
         panels=panels,
     )
-    path = directory / FOLDER / "gradient_error.json"
-    write(analysis, path)
-    print(table(analysis))
-    log.info("written: %s", path)
+    choices = choose(analysis, config.selection)
+    schedule = stages(choices)
+    folder = directory / FOLDER
+    write(analysis, folder / "gradient_error.json")
+    write_schedule(schedule, folder / "schedule.yaml", _origin(analysis))
+    print(table(analysis, choices))
+    print("\n".join(["schedule:", *(f"  - {in_line(stage)}" for stage in schedule)]))
+    log.info(
+        "written: %s and schedule.yaml, for compression=staged compression.file=PATH", folder / "gradient_error.json"
+    )
 
 
-def table(analysis: Analysis) -> str:
-    """Return one line for each panel: the true gradient, and the cell of the least error beside no compression."""
-    lines = ["progress  checkpoint     |gradient|   best cell             cost   CA-MSE of uncompressed's"]
-    for panel in analysis.panels:
-        best = min(panel.cells, key=panel.ca_mse)
-        whole = next((c for c in panel.cells if c.patch_size == analysis.patch_size and not c.dropout), None)
-        share = f"{panel.ca_mse(best) / panel.ca_mse(whole):24.1%}" if whole else ""
+def _origin(analysis: Analysis) -> list[str]:
+    """Return what a schedule says of itself."""
+    return [
+        f"The cells of the least cost-adjusted gradient error of run {analysis.run} ({analysis.method}, "
+        f"{analysis.image_size} pixels in patches of {analysis.patch_size}),",
+        f"measured {analysis.origin['date']} on {analysis.samples} samples in sub-batches of {analysis.sub_batch}.",
+        f"Run: coldpress train {' '.join(analysis.origin['train'])}",
+    ]
+
+
+def table(analysis: Analysis, choices: list[Choice]) -> str:
+    """Return one line for each panel: the true gradient, the least error beside no compression's, and what was chosen.
+
+    Errors are shares of the squared norm of the gradient.
+    """
+    lines = [
+        "progress  checkpoint     |gradient|  uncompressed  least CA-MSE  at patch, dropout  ties  chosen     cost"
+    ]
+    for choice in choices:
+        panel, best, chosen = choice.panel, choice.best, choice.chosen
+        whole = [c for c in panel.cells if c.patch_size == analysis.patch_size and not c.dropout]
+        share = f"{panel.ca_mse(whole[0]) / panel.magnitude:12.4f}" if whole else " " * 12
         lines.append(
-            f"{panel.progress:8.1%}  {panel.checkpoint:13}  {max(panel.squared_gradient, 0) ** 0.5:10.4g}   "
-            f"patch {best.patch_size:3d}, dropout {best.dropout:.2f}  {best.cost:6.3f} {share}"
+            f"{panel.progress:8.1%}  {panel.checkpoint:13}  {max(panel.squared_gradient, 0) ** 0.5:10.4g}  {share}  "
+            f"{panel.ca_mse(best) / panel.magnitude:12.4f}  {best.patch_size:10d}, {best.dropout:4.2f}  "
+            f"{len(choice.ties):5d}  {chosen.patch_size:3d}, {chosen.dropout:4.2f}  {chosen.cost:6.3f}"
         )
     return "\n".join(lines)

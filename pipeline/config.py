@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from data.loader import LoaderConfig
 from monitoring.sinks import MonitorConfig
+from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.engine import EngineConfig
@@ -136,6 +137,7 @@ class AnalyzeConfig:
     cells_at_once: int = 0
     # Where the run's shards are today; empty: where they were.
     shards: str = ""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
     def __post_init__(self) -> None:
         if not self.points or not all(0 <= point <= 1 for point in self.points):

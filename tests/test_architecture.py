@@ -56,13 +56,6 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
     "pipeline.networks": {"pipeline.config", "pipeline.engine", "pipeline.methods", "pipeline.models"},
-    "pipeline.analysis": {
-        "pipeline.compression",
-        "pipeline.distributed",
-        "pipeline.methods",
-        "pipeline.models",
-        "pipeline.schedules",
-    },
     "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
     "pipeline.config": {"pipeline", "data", "monitoring"},

@@ -50,7 +50,13 @@ def test_an_analysis_measures_every_milestone_and_changes_nothing_else(
     config = load("analyze", ["run=a", f"runs={runs}", *GRID])
     analyze.run(config)
     assert digest(runs / "a") == before
-    assert "best cell" in capsys.readouterr().out
+    assert "least CA-MSE" in capsys.readouterr().out
+    schedule = str(runs / "a" / "analysis" / "schedule.yaml")
+    staged = load(
+        "train", ["run=b", "method=moco", "budget.value=8", "compression=staged", f"compression.file={schedule}"]
+    )
+    assert staged.compression.stages[-1].until == 1.0
+    assert {stage.patch_size for stage in staged.compression.stages} <= {8, 16}
     result = runs / "a" / "analysis" / "gradient_error.json"
     found = read(result)
     names = [panel.checkpoint for panel in found.panels]
