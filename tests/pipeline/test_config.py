@@ -73,7 +73,21 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["budget.unit=years"], "budget.unit: Invalid value 'years', expected one of [steps, samples, cost]; `"),
         (["compression=magic"], "compression=magic is not an option; choose from none, constant, staged."),
         (["experiment=magic"], "experiment=magic is not an option; choose from demo, "),
-        (["compression.dropout=0.5"], "compression.dropout is not a key of coldpress train"),
+        (["compression.dropout=0.5"], "compression.dropout belongs to compression=constant, which is not chosen; say"),
+        (["compression=none", "compression.patch_size=8"], "; say compression=constant instead of compression=none."),
+        (["compression=staged", "compression.dropout=0"], "; say compression=constant instead of compression=staged."),
+        (["method.symmetric=1", "method=dino", "method.crop_min=1"], "belongs to method=moco and method=simclr, which"),
+        (["experiment=small_dino", "method.crop_min=1"], "say method=moco or method=simclr too."),
+        (["experiment=demo", "freeze=none"], "the experiment sets freeze.t0, which freeze=none does not have; leave"),
+        (["experiment=mocov3_in1k_accelerated", "compression=constant"], "sets compression.stages, which compr"),
+        (["experiment=small_dino", "method=moco"], "which method=moco does not have; leave method=moco out, or"),
+        (["compression=staged", "compression.stages=[{untl:0.5}]"], "compression.stages.untl is not a key of coldpress "
+         "train; did you mean compression.stages.until?"),
+        (["compression=staged", "compression.stages=[{until:soon}]"], "compression.stages.until: Value 'soon' of type"),
+        (["+zebra=1"], "zebra is not a key of coldpress train"),
+        (["+model.zebra=1"], "model.zebra is not a key of coldpress train"),
+        (["++method.zebra=1"], "method.zebra is not a key of coldpress train"),
+        (["~seed=0"], "~seed=0 is not key=value"),
         (["compression=constant", "compression.dropout=2"], "compression.dropout must be in [0, 1), got 2.0; 0"),
         (["budget.value=0"], "budget.value must be above 0, got 0; say for instance budget.value=1000"),
         (["batch_size=1"], "batch_size must be at least 2 to have negatives, got 1."),
@@ -114,6 +128,12 @@ def test_refusals_of_other_commands(command: str, overrides: list[str], sentence
     with pytest.raises(ValueError) as refusal:
         load(command, overrides)
     assert sentence in str(refusal.value)
+
+
+def test_a_plus_before_a_key_that_is_known_changes_nothing() -> None:
+    assert load("train", [*GIVEN, "+seed=3", "++budget.value=2", "+data.shards=ü"]) == load(
+        "train", [*GIVEN, "seed=3", "budget.value=2", "data.shards=ü"]
+    )
 
 
 # Of OmegaConf's and Hydra's own marks: interpolations, the missing value, quotes around a whole text.
