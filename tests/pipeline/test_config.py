@@ -32,14 +32,14 @@ def test_groups_and_nested_values() -> None:
         [
             *GIVEN,
             "compression=staged",
-            "compression.stages=[{until:0.4,patch_size:24,dropout:0.5}]",
+            "compression.stages=[{until:0.4,patch_size:28,dropout:0.5}]",
             "freeze=freezeout",
             "freeze.curve=linear",
             "budget.unit=cost",
             "method.symmetric=true",
         ],
     )
-    assert config.compression == Staged([Stage(24, 0.5, until=0.4)])
+    assert config.compression == Staged([Stage(28, 0.5, until=0.4)])
     assert config.freeze == FreezeOut(curve=Curve.linear)
     assert config.method.symmetric
     assert config.budget.unit is Unit.cost
@@ -84,6 +84,21 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["compression=staged", "compression.stages=[{untl:0.5}]"], "compression.stages.untl is not a key of coldpress "
          "train; did you mean compression.stages.until?"),
         (["compression=staged", "compression.stages=[{until:soon}]"], "compression.stages.until: Value 'soon' of type"),
+        (["budget.value=inf"], "budget.value must be above 0, got inf; say"),
+        (["rate.base=inf"], "rate.base must be above 0, got inf; MoCo-v3"),
+        (["optim.weight_decay=nan"], "optim.clip_each must be finite numbers of at least 0, got nan, 0 and 0."),
+        (["optim.clip=inf"], "optim.clip_each must be finite numbers of at least 0, got 0.1, inf and 0."),
+        (["optim.weight_decay_end=nan"], "optim.weight_decay_end must be a finite number of at least 0, got nan"),
+        (["method.temperature=inf"], "method.temperature must be above 0, got inf;"),
+        (["method=simclr", "method.temperature=inf"], "method.temperature must be above 0, got inf;"),
+        (["method=dino", "method.teacher_temperature=inf"], "method.teacher_temperature must be above 0, got inf."),
+        (["compression=constant", "compression.patch_size=24"], "compression.patch_size must divide model.image_size="
+         "224, got 24; sizes that do: 16, 28, 32, 56, 112, 224."),
+        (["compression=constant", "compression.key_patch_size=24"], "compression.key_patch_size must divide model."),
+        (["compression=staged", "compression.stages=[{until:0.1},{until:0.5,patch_size:24}]"],
+         "compression.stages[1].patch_size must divide model.image_size=224, got 24;"),
+        (["compression=staged", "compression.stages=[{until:0.1,key_patch_size:30}]"],
+         "compression.stages[0].key_patch_size must divide model.image_size=224, got 30;"),
         (["+zebra=1"], "zebra is not a key of coldpress train"),
         (["+model.zebra=1"], "model.zebra is not a key of coldpress train"),
         (["++method.zebra=1"], "method.zebra is not a key of coldpress train"),
@@ -121,6 +136,28 @@ def test_refusals(overrides: list[str], sentence: str) -> None:
         ("shard", ["output=x"], "source is required; say source=VALUE."),
         ("evaluate", [], "run is required; say run=VALUE."),
         ("evaluate", ["run=x", "k=[0]"], "k must list numbers of neighbors of at least 1, got [0]."),
+        ("evaluate", ["run=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
+        ("compare", ["shards=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
+        ("compare", ["shards=x", "budget=inf"], "budget must be above 0, got inf; 90e3"),
+        (
+            "compare",
+            ["shards=x", "dropout=nan"],
+            "dropout must be in [0, 1) and patch_size at least 1 pixel, got nan and 8;",
+        ),
+        (
+            "plan",
+            ["run=x", "budget.value=1", "cost_per_gpu_second=inf"],
+            "cost_per_gpu_second must be at least 0, got inf",
+        ),
+        ("bench", ["dropouts=[2]"], "dropouts must list shares in [0, 1), got [2.0]; 0 keeps every token."),
+        ("bench", ["dropouts=[]"], "dropouts must list shares in [0, 1), got []; 0 keeps every token."),
+        (
+            "bench",
+            ["patch_sizes=[16,24]"],
+            "patch_sizes must divide model.image_size=224, got 24; sizes that do: 16, 28,",
+        ),
+        ("bench", ["patch_sizes=[0]"], "patch_sizes must be numbers of pixels, got [0]; [] is the model's own."),
+        ("bench", ["samples_per_second=inf"], "samples_per_second must be above 0, got inf."),
         ("bench", ["rounds=0"], "rounds and batch_size must be at least 1 and 2, got 0 and 64."),
     ],
 )

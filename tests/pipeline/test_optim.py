@@ -34,8 +34,8 @@ def test_vectors_can_be_left_out_of_weight_decay_and_the_last_layer_is_a_group(m
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"weight_decay": -1.0}, r"clip and optim\.clip_each must not be negative, got -1, 0 and 0"),
-        ({"clip_each": -3.0}, r"clip and optim\.clip_each must not be negative, got 0\.1, 0 and -3"),
+        ({"weight_decay": -1.0}, r"clip and optim\.clip_each must be finite numbers of at least 0, got -1, 0 and 0"),
+        ({"clip_each": -3.0}, r"clip and optim\.clip_each must be finite numbers of at least 0, got 0\.1, 0 and -3"),
         (
             {"clip": 1.0, "clip_each": 3.0},
             r"optim\.clip .* and optim\.clip_each .* exclude each other, got 1 and 3; set",
