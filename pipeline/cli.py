@@ -43,6 +43,8 @@ _REMEDIES = {
     errno.EROFS: "write elsewhere",
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",
+    errno.ENOTDIR: "name another place",
+    errno.EEXIST: "name another place",
     errno.EIO: "check the disk, or copy it from elsewhere",
 }
 

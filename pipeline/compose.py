@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -49,7 +49,7 @@ def load(command: str, overrides: list[str]) -> Any:
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is required; say {error.full_key}=VALUE.") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(command, error)) from error
+        raise ValueError(_explain(command, overrides, error)) from error
     except ValueError as error:
         # OmegaConf appends lines of its own to what a config says of itself.
         raise ValueError(str(error).split("\n")[0]) from error
@@ -60,7 +60,7 @@ def show(command: str, overrides: list[str]) -> str:
     try:
         return OmegaConf.to_yaml(_compose(command, overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(command, error)) from error
+        raise ValueError(_explain(command, overrides, error)) from error
 
 
 def to_yaml(config: object) -> str:
@@ -85,13 +85,15 @@ def _check_words(command: str, overrides: list[str]) -> None:
     choices = groups_of(command)
     for word in overrides:
         key, equals, value = word.partition("=")
-        if not equals:
+        if not equals or key.startswith("~"):
             raise ValueError(f"{word} is not key=value; `coldpress {command} --help` lists the keys.")
         if key in choices and value not in choices[key]:
             raise ValueError(f"{word} is not an option; choose from {', '.join(choices[key])}.")
 
 
 def _compose(command: str, overrides: list[str]) -> Any:
+    # Hydra's + adds keys, which no command knows what to do with.
+    overrides = [word.lstrip("+") for word in overrides]
     _check_words(command, overrides)
     store = ConfigStore.instance()
     store.store(name=f"{command}_schema", node=root_of(command))
@@ -119,16 +121,14 @@ def _quoted(word: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _explain(command: str, error: Exception) -> str:
+def _explain(command: str, overrides: list[str], error: Exception) -> str:
     """Turn what Hydra and OmegaConf say in several lines into one sentence with a remedy."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
+    cause = error.__cause__ or error.__context__
+    cause = cause if isinstance(cause, OmegaConfBaseException) else error
     text = " ".join(str(error).split("\n")[0].split())
+    key = _full_key(cause, text)
     if key and "not in" in str(cause):
-        keys = [known for known, _ in _fields(root_of(command), _groups(command))]
-        close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-        hint = f"did you mean {close[0]}?" if close else f"`coldpress {command} --help` lists the keys."
-        return f"{key} is not a key of coldpress {command}; {hint}"
+        return _explain_unknown(command, overrides, key, from_experiment=text.startswith("In 'experiment/"))
     if key:
         reason = " ".join(str(cause).split("\n")[0].split())
         return f"{key}: {reason}; `coldpress {command} --help` shows its type and default."
@@ -138,13 +138,43 @@ def _explain(command: str, error: Exception) -> str:
     return f"{text.rstrip('.')}; `coldpress {command} --help` shows keys and groups."
 
 
+def _full_key(cause: BaseException, text: str) -> str:
+    """Return the dotted key that an error is about; OmegaConf leaves out in which list an entry stands."""
+    key = getattr(cause, "full_key", None) or ""
+    overridden = re.search(r"override '?([\w.]+)", text)
+    if not key or not overridden or f"{overridden[1]}.".startswith(f"{key}."):
+        return key
+    return f"{overridden[1]}.{key}"
+
+
+def _explain_unknown(command: str, overrides: list[str], key: str, *, from_experiment: bool) -> str:
+    root, groups = root_of(command), _groups(command)
+    choice = next((word for word in overrides if word.startswith(f"{key.partition('.')[0]}=")), "")
+    if from_experiment and choice:
+        return (
+            f"the experiment sets {key}, which {choice} does not have; leave {choice} out, or take another experiment."
+        )
+    owners = [
+        f"{group}={option}"
+        for group, options in groups.items()
+        for option, node in options.items()
+        if key in (known for known, _ in _fields(node, groups, f"{group}."))
+    ]
+    if owners:
+        how = f"instead of {choice}" if choice else "too"
+        return f"{key} belongs to {' and '.join(owners)}, which is not chosen; say {' or '.join(owners)} {how}."
+    close = difflib.get_close_matches(key, [known for known, _ in _fields(root, groups)], n=1, cutoff=0.75)
+    hint = f"did you mean {close[0]}?" if close else f"`coldpress {command} --help` lists the keys."
+    return f"{key} is not a key of coldpress {command}; {hint}"
+
+
 def _fields(node: type[Any], groups: Groups, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the type of every field, those of all options of a group among them."""
+    """Yield the dotted key and the type of every field, those of all options of a group and of lists among them."""
     types = get_type_hints(node)
     for entry in fields(node):
         yield prefix + entry.name, types[entry.name]
         default = entry.default_factory() if callable(entry.default_factory) else None
-        options = [*groups.get(prefix + entry.name, {}).values(), type(default)]
+        options = [*groups.get(prefix + entry.name, {}).values(), type(default), *get_args(types[entry.name])]
         for option in filter(is_dataclass, options):
             yield from _fields(cast(type[Any], option), groups, f"{prefix}{entry.name}.")
 

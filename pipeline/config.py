@@ -14,6 +14,7 @@ from monitoring.sinks import MonitorConfig
 from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
+from pipeline.compression.base import check_divides
 from pipeline.engine import EngineConfig
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import DINOConfig, MoCoConfig, SimCLRConfig
@@ -52,7 +53,7 @@ class TrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        if not self.budget.value > 0:
+        if not 0 < self.budget.value < math.inf:
             raise ValueError(
                 f"budget.value must be above 0, got {self.budget.value:g}; "
                 "say for instance budget.value=1000 budget.unit=steps."
@@ -67,6 +68,8 @@ class TrainConfig:
             raise ValueError(f"resume must be auto or never, got {self.resume}.")
         if not self.run or Path(self.run).name != self.run:
             raise ValueError(f"run must be a plain name without slashes, got {self.run!r}; use runs=DIR for the place.")
+        for path, cell in self.compression.cells().items():
+            cell.check_fits(path, self.model.image_size, self.model.patch_size)
 
     @property
     def directory(self) -> Path:
@@ -88,9 +91,9 @@ class PlanConfig(TrainConfig):
         super().__post_init__()
         if self.epoch_size < 0:
             raise ValueError(f"epoch_size must be a number of images, got {self.epoch_size}; 0 asks the shards.")
-        if not self.cost_per_gpu_second >= 0:
+        if not 0 <= self.cost_per_gpu_second < math.inf:
             raise ValueError(
-                f"cost_per_gpu_second must not be negative, got {self.cost_per_gpu_second:g}; 0 leaves the hours out."
+                f"cost_per_gpu_second must be at least 0, got {self.cost_per_gpu_second:g}; 0 leaves the hours out."
             )
         if self.gpus < 1:
             raise ValueError(f"gpus must be at least 1, got {self.gpus}.")
@@ -111,6 +114,7 @@ class EvaluateConfig:
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
 
     def __post_init__(self) -> None:
+        _check_support(self.support)
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
 
@@ -184,7 +188,13 @@ class CompareConfig:
         unknown = set(self.methods) - GROUPS["method"].keys()
         if unknown or not self.methods:
             raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
-        if not self.budget > 0:
+        _check_support(self.support)
+        if not 0 <= self.dropout < 1 or self.patch_size < 1:
+            raise ValueError(
+                "dropout must be in [0, 1) and patch_size at least 1 pixel, "
+                f"got {self.dropout:g} and {self.patch_size}; 0.5 and 8 are usual."
+            )
+        if not 0 < self.budget < math.inf:
             raise ValueError(f"budget must be above 0, got {self.budget:g}; 90e3 takes minutes a run on two cores.")
 
 
@@ -248,8 +258,21 @@ class BenchConfig:
             )
         if self.images < 1:
             raise ValueError(f"images must be at least 1, got {self.images}; 128 is usual.")
-        if not self.samples_per_second > 0:
+        if not self.dropouts or not all(0 <= dropout < 1 for dropout in self.dropouts):
+            raise ValueError(f"dropouts must list shares in [0, 1), got {self.dropouts}; 0 keeps every token.")
+        for size in self.patch_sizes:
+            if size < 1:
+                raise ValueError(
+                    f"patch_sizes must be numbers of pixels, got {self.patch_sizes}; [] is the model's own."
+                )
+            check_divides("patch_sizes", size, self.model.image_size, self.model.patch_size)
+        if not 0 < self.samples_per_second < math.inf:
             raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
+
+
+def _check_support(support: int) -> None:
+    if support < 0:
+        raise ValueError(f"support must be a number of samples, got {support}; 0 takes all.")
 
 
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.

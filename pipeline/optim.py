@@ -32,10 +32,15 @@ class OptimConfig:
     clip_each: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.weight_decay, self.clip, self.clip_each) < 0:
+        if not all(0 <= value < math.inf for value in (self.weight_decay, self.clip, self.clip_each)):
             raise ValueError(
-                "optim.weight_decay, optim.clip and optim.clip_each must not be negative, "
+                "optim.weight_decay, optim.clip and optim.clip_each must be finite numbers of at least 0, "
                 f"got {self.weight_decay:g}, {self.clip:g} and {self.clip_each:g}."
+            )
+        if self.weight_decay_end is not None and not 0 <= self.weight_decay_end < math.inf:
+            raise ValueError(
+                f"optim.weight_decay_end must be a finite number of at least 0, got {self.weight_decay_end:g}; "
+                "leave it out to keep optim.weight_decay."
             )
         if self.clip and self.clip_each:
             raise ValueError(

@@ -71,7 +71,7 @@ class RateConfig:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.base > 0:
+        if not 0 < self.base < math.inf:
             raise ValueError(f"rate.base must be above 0, got {self.base:g}; MoCo-v3 uses 1.5e-4 per 256 samples.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"rate.warmup must be a share of the budget in [0, 1), got {self.warmup:g}.")

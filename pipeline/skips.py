@@ -7,14 +7,21 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
+from data.manifest import Manifest
+from data.order import ShuffledOrder
 from pipeline.distributed import gather, rank, world_size
 from pipeline.engine import StepResult
 from pipeline.methods.base import Batch
 from pipeline.preemption import ProcessFailedError
 
 BAD_BATCH_NAME = "bad_batch.json"
+ABOUT = (
+    "indices: places in the run, counted over all processes and epochs; samples: the same, as shard and number of the "
+    "image in it: tar tf SHARD | grep jpg | sed -n NUMBERp"
+)
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +29,13 @@ log = logging.getLogger(__name__)
 class SkippedSteps:
     """Watches every step of a process's life; whether one was applied is the same on all processes."""
 
-    def __init__(self, limit: int, directory: Path) -> None:
+    def __init__(self, limit: int, directory: Path, manifest: Manifest, seed: int) -> None:
+        """Forget what an earlier life left; `manifest` and `seed` say which sample is where in the run."""
         self._limit, self._path = limit, directory / BAD_BATCH_NAME
+        self._manifest, self._seed = manifest, seed
         self._in_a_row = 0
+        if rank() == 0:
+            self._path.unlink(missing_ok=True)
 
     def watch(self, step: int, result: StepResult, batch: Batch) -> None:
         """Look at one step; every process must call this.
@@ -50,19 +61,38 @@ class SkippedSteps:
         losses, indices = gather(result.loss.reshape(1)), gather(batch.index)
         if rank() != 0:
             raise SystemExit(1)
-        self._path.write_text(json.dumps(_describe(step, losses, indices), indent=1))
+        samples = find_samples(self._manifest, self._seed, indices)
+        self._path.write_text(json.dumps(_describe(step, losses, indices, samples), indent=1))
         raise ProcessFailedError(
             f"engine.max_skipped: loss or gradient was not finite in {self._limit} steps in a row, the last of them "
             f"step {step}; lower rate.base or look at the samples that {self._path} lists."
         )
 
 
-def _describe(step: int, losses: Tensor, indices: Tensor) -> dict[str, object]:
+def find_samples(manifest: Manifest, seed: int, indices: Tensor) -> list[str]:
+    """Return shard and row, from 1 on, of the samples at places of the run [n].
+
+    What took the place of a sample that broke after sharding is not known here; train.log names what broke.
+    """
+    counts = [shard.samples for shard in manifest.shards]
+    _, samples = ShuffledOrder(counts, seed).place(indices.cpu().numpy())
+    ends = np.cumsum(counts)
+    shards = np.searchsorted(ends, samples, side="right")
+    rows = samples - (ends - counts)[shards] + 1
+    return [f"{manifest.shards[shard].name} image {row}" for shard, row in zip(shards, rows, strict=True)]
+
+
+def _describe(step: int, losses: Tensor, indices: Tensor, samples: list[str]) -> dict[str, object]:
     """Return the step, and of each process its loss (what JSON has no number for, as a word) and its samples."""
+    shape = world_size(), -1
+    parts = zip(losses.tolist(), indices.view(shape).tolist(), np.reshape(samples, shape).tolist(), strict=True)
     ranks = [
-        {"rank": number, "loss": loss if math.isfinite(loss) else str(loss), "indices": index}
-        for number, (loss, index) in enumerate(
-            zip(losses.tolist(), indices.view(world_size(), -1).tolist(), strict=True)
-        )
+        {
+            "rank": number,
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "indices": places,
+            "samples": names,
+        }
+        for number, (loss, places, names) in enumerate(parts)
     ]
-    return {"step": step, "ranks": ranks}
+    return {"step": step, "about": ABOUT, "ranks": ranks}

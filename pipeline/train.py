@@ -84,7 +84,7 @@ def train(
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state)
     meter = Meter(parts.method, parts.budget, config.batch_size)
-    skips = SkippedSteps(config.engine.max_skipped, config.directory)
+    skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
     finished = _progress(parts.budget, state) >= 1
 
     batches = parts.loader.batches(start=state.samples)
@@ -273,6 +273,8 @@ def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState
         config.budget.value,
         config.budget.unit.value,
     )
+    if config.batch_size > parts.loader.num_samples:
+        log.warning("batch_size is larger than the set: a sample may occur twice in a batch")
     log.info("resumed at step %d" if state.step else "starting at step %d", state.step)
 
 

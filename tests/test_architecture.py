@@ -36,7 +36,14 @@ ARROWS: dict[str, set[str]] = {
         "data.recipes",
     },
     "pipeline.engine": {"pipeline.methods", "pipeline.optim", "pipeline.gradients", "pipeline.schedules"},
-    "pipeline.skips": {"pipeline.distributed", "pipeline.engine", "pipeline.methods", "pipeline.preemption"},
+    "pipeline.skips": {
+        "pipeline.distributed",
+        "pipeline.engine",
+        "pipeline.methods",
+        "pipeline.preemption",
+        "data.manifest",
+        "data.order",
+    },
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
     "pipeline.analysis": {"pipeline.distributed", "pipeline.methods", "pipeline.schedules"},
     "pipeline.tuning": {

@@ -48,6 +48,18 @@ def test_keys_named_in_the_readme_are_keys() -> None:
             config = getattr(config, part)
 
 
+def test_compressions_named_in_the_readme_fit_the_usual_images() -> None:
+    (row,) = re.findall(r"^\| compression \|.*$", text(REPOSITORY / "README.md"), re.M)
+    constant, stages = re.findall(r"`(compression\.[^`]*)`", row)
+    given = ["run=x", "budget.value=1"]
+    assert load("train", [*given, "compression=constant", *constant.split()]).compression.patch_size == 28
+    assert load("train", [*given, "compression=staged", stages]).compression.stages[0].patch_size == 28
+    with pytest.raises(ValueError, match="must list at least one stage") as refusal:
+        load("train", [*given, "compression=staged"])
+    (remedy,) = re.findall(r"say for instance (\S+)\.$", str(refusal.value))
+    assert load("train", [*given, "compression=staged", remedy]).compression.stages
+
+
 STAGES = {"compression=staged": ["compression.stages=[{until:0.5}]"]}
 
 

@@ -8,6 +8,20 @@ from fractions import Fraction
 CLASS_TOKENS = 1
 
 
+def check_divides(path: str, size: int, image_size: int, base: int) -> None:
+    """Refuse a patch size that leaves pixels over.
+
+    Raises:
+        ValueError: it does not divide the image size; names `path` and the sizes from `base` on that do.
+    """
+    if image_size % size:
+        fitting = [s for s in range(base, image_size + 1) if image_size % s == 0]
+        raise ValueError(
+            f"{path} must divide model.image_size={image_size}, got {size}; "
+            f"sizes that do: {', '.join(map(str, fitting))}."
+        )
+
+
 class Compressor:
     """A way to spend fewer tokens on an image; the base class is the identity."""
 
@@ -44,12 +58,7 @@ class Compression:
             ValueError: the patch size does not divide the image size.
         """
         size = self.patch_size(base)
-        if image_size % size:
-            fitting = [s for s in range(base, image_size + 1) if image_size % s == 0]
-            raise ValueError(
-                f"compression.patch_size must divide model.image_size={image_size}, got {size}; "
-                f"sizes that do: {', '.join(map(str, fitting))}."
-            )
+        check_divides("compression.patch_size", size, image_size, base)
         return (image_size // size) ** 2
 
     def keep(self, num_patches: int) -> int:

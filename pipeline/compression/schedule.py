@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.compression.base import Compression, Compressor
+from pipeline.compression.base import Compression, Compressor, check_divides
 from pipeline.compression.patch_scaling import PatchScaling
 from pipeline.compression.schedule_file import read_schedule
 from pipeline.compression.token_dropout import TokenDropout
@@ -50,6 +50,15 @@ class Cell:
                     f"{path}.{name} must be a number of pixels, got {size}; leave it out for the usual one."
                 )
 
+    def check_fits(self, path: str, image_size: int, base: int) -> None:
+        """Refuse patches that leave pixels of the model's images over.
+
+        Raises:
+            ValueError: a patch size does not divide the image size.
+        """
+        for name in ("patch_size", "key_patch_size"):
+            check_divides(f"{path}.{name}", getattr(self, name) or base, image_size, base)
+
     def query(self) -> Compression:
         """Return the query's compression."""
         return compression(self.patch_size, self.dropout)
@@ -80,6 +89,10 @@ class CompressionSchedule:
         """Return the progress values, in (0, 1), at which the compression changes."""
         return []
 
+    def cells(self) -> dict[str, Cell]:
+        """Return every cell by its dotted path."""
+        return {}
+
 
 @dataclass
 class NoCompression(CompressionSchedule):
@@ -96,6 +109,10 @@ class Constant(Cell, CompressionSchedule):
 
     def __post_init__(self) -> None:
         self.check("compression")
+
+    def cells(self) -> dict[str, Cell]:
+        """Return the one cell."""
+        return {"compression": self}
 
     def at(self, progress: float) -> Compression:
         """Return the one compression."""
@@ -129,7 +146,7 @@ class Staged(CompressionSchedule):
         if not self.stages:
             raise ValueError(
                 f"{place} must list at least one stage, got []; say for instance "
-                "compression.stages=[{until:0.5,patch_size:24,dropout:0.5}], or name a file: compression.file=PATH."
+                "compression.stages=[{until:0.5,patch_size:28,dropout:0.5}], or name a file: compression.file=PATH."
             )
         previous = 0.0
         for i, stage in enumerate(self.stages):
@@ -140,6 +157,10 @@ class Staged(CompressionSchedule):
                     f"got {stage.until} after {previous}; sort the stages by their end."
                 )
             previous = stage.until
+
+    def cells(self) -> dict[str, Cell]:
+        """Return the stages."""
+        return {f"compression.stages[{i}]": stage for i, stage in enumerate(self.stages)}
 
     def at(self, progress: float) -> Compression:
         """Return the compression of the first stage that ends after `progress`."""

@@ -55,7 +55,7 @@ class DINOConfig:
 
     def __post_init__(self) -> None:
         for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"method.{name} must be above 0, got {getattr(self, name):g}.")
         for name in ("momentum", "center_momentum", "last_layer_start", "teacher_warmup"):
             if not 0 <= getattr(self, name) <= 1:
@@ -86,6 +86,11 @@ class DINO(Method):
             raise ValueError(
                 f"method.small_size must be a multiple of model.patch_size={encoder.config.patch_size}, "
                 f"got {config.small_size}; small crops keep the model's own patches."
+            )
+        if config.small_crops and config.small_size > encoder.config.image_size:
+            raise ValueError(
+                f"method.small_size must not be above model.image_size={encoder.config.image_size}, "
+                f"got {config.small_size}; 3/7 of it is usual, and method.small_crops=0 does without."
             )
         if not encoder.config.weights:
             initialize_as_dino(encoder)

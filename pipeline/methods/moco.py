@@ -41,7 +41,7 @@ class MoCoConfig:
     crop_min: float = 0.08
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"method.temperature must be above 0, got {self.temperature:g}; MoCo-v3 uses 0.2.")
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"method.momentum must be in [0, 1], got {self.momentum:g}; MoCo-v3 uses 0.99.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class SimCLRConfig:
     crop_min: float = 0.08
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"method.temperature must be above 0, got {self.temperature:g}; 0.1 is usual.")
         if min(self.out_dim, self.hidden_dim) < 1:
             raise ValueError(

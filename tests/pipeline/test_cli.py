@@ -106,6 +106,17 @@ def test_a_file_that_cannot_be_read_is_not_told_to_free_space(
     assert capsys.readouterr().err.startswith(f"coldpress: p.tar: {os.strerror(number)}; {remedy}")
 
 
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_runs_that_are_no_directory_are_one_sentence(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert dispatch(["plan", "run=x", "budget.value=1", "model.depth=1", f"runs={tmp_path}/file{below}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"coldpress: {tmp_path}/file")
+    assert said.endswith("; name another place.\n")
+
+
 AT_WORK = """
 import os, sys, time
 from pathlib import Path

@@ -32,14 +32,14 @@ def test_groups_and_nested_values() -> None:
         [
             *GIVEN,
             "compression=staged",
-            "compression.stages=[{until:0.4,patch_size:24,dropout:0.5}]",
+            "compression.stages=[{until:0.4,patch_size:28,dropout:0.5}]",
             "freeze=freezeout",
             "freeze.curve=linear",
             "budget.unit=cost",
             "method.symmetric=true",
         ],
     )
-    assert config.compression == Staged([Stage(24, 0.5, until=0.4)])
+    assert config.compression == Staged([Stage(28, 0.5, until=0.4)])
     assert config.freeze == FreezeOut(curve=Curve.linear)
     assert config.method.symmetric
     assert config.budget.unit is Unit.cost
@@ -73,7 +73,36 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["budget.unit=years"], "budget.unit: Invalid value 'years', expected one of [steps, samples, cost]; `"),
         (["compression=magic"], "compression=magic is not an option; choose from none, constant, staged, adaptive."),
         (["experiment=magic"], "experiment=magic is not an option; choose from demo, "),
-        (["compression.dropout=0.5"], "compression.dropout is not a key of coldpress train"),
+        (["compression.dropout=0.5"], "compression.dropout belongs to compression=constant, which is not chosen; say"),
+        (["compression=none", "compression.patch_size=8"], "; say compression=constant instead of compression=none."),
+        (["compression=staged", "compression.dropout=0"], "; say compression=constant instead of compression=staged."),
+        (["method.symmetric=1", "method=dino", "method.crop_min=1"], "belongs to method=moco and method=simclr, which"),
+        (["experiment=small_dino", "method.crop_min=1"], "say method=moco or method=simclr too."),
+        (["experiment=demo", "freeze=none"], "the experiment sets freeze.t0, which freeze=none does not have; leave"),
+        (["experiment=mocov3_in1k_accelerated", "compression=constant"], "sets compression.stages, which compr"),
+        (["experiment=small_dino", "method=moco"], "which method=moco does not have; leave method=moco out, or"),
+        (["compression=staged", "compression.stages=[{untl:0.5}]"], "compression.stages.untl is not a key of coldpress "
+         "train; did you mean compression.stages.until?"),
+        (["compression=staged", "compression.stages=[{until:soon}]"], "compression.stages.until: Value 'soon' of type"),
+        (["budget.value=inf"], "budget.value must be above 0, got inf; say"),
+        (["rate.base=inf"], "rate.base must be above 0, got inf; MoCo-v3"),
+        (["optim.weight_decay=nan"], "optim.clip_each must be finite numbers of at least 0, got nan, 0 and 0."),
+        (["optim.clip=inf"], "optim.clip_each must be finite numbers of at least 0, got 0.1, inf and 0."),
+        (["optim.weight_decay_end=nan"], "optim.weight_decay_end must be a finite number of at least 0, got nan"),
+        (["method.temperature=inf"], "method.temperature must be above 0, got inf;"),
+        (["method=simclr", "method.temperature=inf"], "method.temperature must be above 0, got inf;"),
+        (["method=dino", "method.teacher_temperature=inf"], "method.teacher_temperature must be above 0, got inf."),
+        (["compression=constant", "compression.patch_size=24"], "compression.patch_size must divide model.image_size="
+         "224, got 24; sizes that do: 16, 28, 32, 56, 112, 224."),
+        (["compression=constant", "compression.key_patch_size=24"], "compression.key_patch_size must divide model."),
+        (["compression=staged", "compression.stages=[{until:0.1},{until:0.5,patch_size:24}]"],
+         "compression.stages[1].patch_size must divide model.image_size=224, got 24;"),
+        (["compression=staged", "compression.stages=[{until:0.1,key_patch_size:30}]"],
+         "compression.stages[0].key_patch_size must divide model.image_size=224, got 30;"),
+        (["+zebra=1"], "zebra is not a key of coldpress train"),
+        (["+model.zebra=1"], "model.zebra is not a key of coldpress train"),
+        (["++method.zebra=1"], "method.zebra is not a key of coldpress train"),
+        (["~seed=0"], "~seed=0 is not key=value"),
         (["compression=constant", "compression.dropout=2"], "compression.dropout must be in [0, 1), got 2.0; 0"),
         (["budget.value=0"], "budget.value must be above 0, got 0; say for instance budget.value=1000"),
         (["batch_size=1"], "batch_size must be at least 2 to have negatives, got 1."),
@@ -107,6 +136,28 @@ def test_refusals(overrides: list[str], sentence: str) -> None:
         ("shard", ["output=x"], "source is required; say source=VALUE."),
         ("evaluate", [], "run is required; say run=VALUE."),
         ("evaluate", ["run=x", "k=[0]"], "k must list numbers of neighbors of at least 1, got [0]."),
+        ("evaluate", ["run=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
+        ("compare", ["shards=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
+        ("compare", ["shards=x", "budget=inf"], "budget must be above 0, got inf; 90e3"),
+        (
+            "compare",
+            ["shards=x", "dropout=nan"],
+            "dropout must be in [0, 1) and patch_size at least 1 pixel, got nan and 8;",
+        ),
+        (
+            "plan",
+            ["run=x", "budget.value=1", "cost_per_gpu_second=inf"],
+            "cost_per_gpu_second must be at least 0, got inf",
+        ),
+        ("bench", ["dropouts=[2]"], "dropouts must list shares in [0, 1), got [2.0]; 0 keeps every token."),
+        ("bench", ["dropouts=[]"], "dropouts must list shares in [0, 1), got []; 0 keeps every token."),
+        (
+            "bench",
+            ["patch_sizes=[16,24]"],
+            "patch_sizes must divide model.image_size=224, got 24; sizes that do: 16, 28,",
+        ),
+        ("bench", ["patch_sizes=[0]"], "patch_sizes must be numbers of pixels, got [0]; [] is the model's own."),
+        ("bench", ["samples_per_second=inf"], "samples_per_second must be above 0, got inf."),
         ("bench", ["rounds=0"], "rounds and batch_size must be at least 1 and 2, got 0 and 64."),
     ],
 )
@@ -114,6 +165,12 @@ def test_refusals_of_other_commands(command: str, overrides: list[str], sentence
     with pytest.raises(ValueError) as refusal:
         load(command, overrides)
     assert sentence in str(refusal.value)
+
+
+def test_a_plus_before_a_key_that_is_known_changes_nothing() -> None:
+    assert load("train", [*GIVEN, "+seed=3", "++budget.value=2", "+data.shards=ü"]) == load(
+        "train", [*GIVEN, "seed=3", "budget.value=2", "data.shards=ü"]
+    )
 
 
 # Of OmegaConf's and Hydra's own marks: interpolations, the missing value, quotes around a whole text.

@@ -1,5 +1,7 @@
 """Steps under DeepSpeed against plain torch, layers that really stay frozen, steps that must change nothing."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,3 +220,10 @@ def test_a_resumed_run_clips_as_it_is_told_now(
 def test_at_least_one_step_may_be_skipped() -> None:
     with pytest.raises(ValueError, match=r"engine\.max_skipped must be at least 1 step, got 0; 10 is usual"):
         EngineConfig(max_skipped=0)
+
+
+def test_deepspeed_compiles_nothing_and_says_nothing_when_it_is_imported() -> None:
+    command = [sys.executable, "-c", "import pipeline.engine"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "gcc" not in done.stderr

@@ -41,8 +41,8 @@ def test_the_optimizer_has_the_configs_numbers(make_moco: Callable[..., MoCo]) -
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"weight_decay": -1.0}, r"clip and optim\.clip_each must not be negative, got -1, 0 and 0"),
-        ({"clip_each": -3.0}, r"clip and optim\.clip_each must not be negative, got 0\.1, 0 and -3"),
+        ({"weight_decay": -1.0}, r"clip and optim\.clip_each must be finite numbers of at least 0, got -1, 0 and 0"),
+        ({"clip_each": -3.0}, r"clip and optim\.clip_each must be finite numbers of at least 0, got 0\.1, 0 and -3"),
         (
             {"clip": 1.0, "clip_each": 3.0},
             r"optim\.clip .* and optim\.clip_each .* exclude each other, got 1 and 3; set",

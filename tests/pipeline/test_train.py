@@ -341,6 +341,7 @@ def test_too_many_skipped_steps_in_a_row_are_one_sentence_and_a_list_of_samples(
     # Every second place of the global batch is a process's own.
     places = range(16 * (step - 1), 16 * step)
     assert [rank["indices"] for rank in written["ranks"]] == [list(places)[r::2] for r in (0, 1)]
+    assert all(len(set(rank["samples"])) == 8 for rank in written["ranks"])
     rows = life.rows()
     assert rows[-1]["step"] == step - 1
     assert rows[-1]["skipped_steps_total"] == 2

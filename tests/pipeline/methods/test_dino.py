@@ -206,6 +206,8 @@ def test_bad_values_are_refused(arguments: dict[str, object], sentence: str) -> 
 def test_small_crops_that_patches_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"method\.small_size must be a multiple of model\.patch_size=8, got 20"):
         make_dino(small_size=20)
+    with pytest.raises(ValueError, match=r"method\.small_size must not be above model\.image_size=32, got 40;"):
+        make_dino(small_size=40)
 
 
 def test_without_small_crops(make_plan: MakePlan) -> None:
