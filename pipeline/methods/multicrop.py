@@ -36,7 +36,7 @@ def encode(
             stochastic,
         )
         features |= dict(zip(group, together.chunk(len(group)), strict=True))
-    return {view: features[view] for view in compressions}
+    return features
 
 
 def _groups(batch: Batch, compressions: Mapping[int, Compression]) -> Iterable[tuple[list[int], Compression]]:

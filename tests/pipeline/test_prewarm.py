@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.compression import Stage, Staged
+from pipeline.compression import Compression, Stage, Staged
 from pipeline.engine import Engine, EngineConfig, Precision
 from pipeline.freezing import FreezeOut
 from pipeline.methods import DINOConfig, Method, MoCoConfig, SimCLRConfig, build_method
@@ -101,6 +101,11 @@ def test_pre_warming_leaves_no_trace_but_every_graph(name: str, precision: Preci
         assert torch.equal(cold.step(make_crops(method, step), plan).loss, losses[step])
     warm_end, cold_end = trace(method), trace(cold.method)
     assert all(torch.equal(warm_end[name], cold_end[name]) for name in warm_end)
+
+    # What no plan told of is counted from then on.
+    with torch.no_grad():
+        method.encoder(torch.zeros(3, 3, 32, 32), Compression(), torch.arange(3))
+    assert blocks.recompiles > 0
 
 
 def test_nothing_is_run_if_nothing_is_compiled() -> None:
