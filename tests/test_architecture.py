@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
     "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
+    "pipeline.analysis_plots": {"pipeline.analysis"},
     "pipeline.analysis": {
         "pipeline.compression",
         "pipeline.distributed",
