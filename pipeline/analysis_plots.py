@@ -168,6 +168,7 @@ def _error_row(figure: Figure, axes: Sequence[Axes], choices: Sequence[Choice], 
         for color, width in (("white", 4.5), ("black", 2.0)):
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=color, linewidth=width, clip_on=False))
     label = f"{name}\n/ squared gradient"
+    assert norm.vmin is not None
     extend = "min" if min(values) < norm.vmin else "neither"
     figure.colorbar(ScalarMappable(norm, COLORS), ax=list(axes), label=label, extend=extend, pad=0.015)
 
