@@ -41,6 +41,8 @@ _METRICS = (
     _counter("cost_total", "Cost of all processes together; a unit is one forward of the uncompressed sequence"),
     _counter("nominal_cost_total", "Cost as the paper's formula counts it: lengths not rounded, nothing frozen"),
     _counter("skipped_steps_total", "Steps that changed nothing because loss or gradient was not finite"),
+    _counter("tuning_cost_total", "Cost of measuring which compression is best, a part of the cost above"),
+    _counter("tuning_moves_total", "Changes of the compression that measurements led to"),
     # How fast it goes, over the last log interval.
     _gauge("samples_per_second", "Samples of all processes together per second, over the log interval."),
     _gauge("tokens_per_second", "Backbone tokens of all processes together per second, over the log interval."),

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     cost: float = 0.0
+    # What an adaptive compression has seen and chosen, as JSON; empty for every other.
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     def advance(self, samples: int, sample_cost: float) -> None:
         """Count one step over `samples` of the global batch."""
@@ -45,6 +47,8 @@ class CheckpointConfig:
     every_steps: int = 1000
     every_minutes: float = 15.0
     keep_last: int = 2
+    # Shares of the budget: what is saved when each is reached is kept for good, to be analyzed later.
+    milestones: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or not self.every_minutes > 0:
@@ -54,6 +58,11 @@ class CheckpointConfig:
             )
         if self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last must be at least 1, got {self.keep_last}.")
+        if not all(0 < milestone <= 1 for milestone in self.milestones):
+            raise ValueError(
+                f"checkpoint.milestones must be shares of the budget in (0, 1], got {self.milestones}; "
+                "say for instance [0.25,0.5,0.75]."
+            )
 
 
 class Checkpointer:
@@ -69,14 +78,16 @@ class Checkpointer:
         self.config = config
         self.identity = identity
         self._last_save = time.monotonic()
+        self._saved_progress = 0.0
         self._saves = 0
 
-    def due(self, state: TrainState) -> bool:
+    def due(self, state: TrainState, progress: float) -> bool:
         """Return whether a save is due. Clocks differ: only the main process's answer counts."""
         minutes = (time.monotonic() - self._last_save) / 60
-        return state.step % self.config.every_steps == 0 or minutes >= self.config.every_minutes
+        passed = any(self._saved_progress < milestone <= progress for milestone in self.config.milestones)
+        return passed or state.step % self.config.every_steps == 0 or minutes >= self.config.every_minutes
 
-    def save(self, engine: Engine, state: TrainState) -> dict[str, float]:
+    def save(self, engine: Engine, state: TrainState, progress: float) -> dict[str, float]:
         """Write one checkpoint and publish it; return the metrics of having done so."""
         start = time.monotonic()
         final = self.directory / f"{PREFIX}{state.step:08d}"
@@ -89,9 +100,9 @@ class Checkpointer:
         engine.save(temporary)
         barrier()
         if rank() == 0:
-            self._publish(temporary, final, state)
+            self._publish(temporary, final, state, progress)
         barrier()
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_progress = time.monotonic(), progress
         self._saves += 1
         return {
             "checkpoint_seconds": self._last_save - start,
@@ -112,10 +123,12 @@ class Checkpointer:
         saved = json.loads((found / STATE_NAME).read_text())
         self._check_identity(found, saved["identity"])
         engine.load(found)
+        self._saved_progress = progress_of(found)
         return TrainState(**saved["state"])
 
-    def _publish(self, temporary: Path, final: Path, state: TrainState) -> None:
-        _write(temporary / STATE_NAME, json.dumps({"state": asdict(state), "identity": self.identity}, indent=1))
+    def _publish(self, temporary: Path, final: Path, state: TrainState, progress: float) -> None:
+        content = {"state": asdict(state), "progress": progress, "identity": self.identity}
+        _write(temporary / STATE_NAME, json.dumps(content, indent=1))
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         listing = {str(p.relative_to(temporary)): _describe(p) for p in files}
         _write(temporary / MANIFEST_NAME, json.dumps(listing, indent=1))
@@ -129,8 +142,11 @@ class Checkpointer:
         self._prune(final)
 
     def _prune(self, newest: Path) -> None:
-        """Keep the last few; checkpoints after the newest are damaged ones of a life that was given up."""
-        kept = [c for c in checkpoints(self.directory) if c.name <= newest.name][-self.config.keep_last :]
+        """Keep the last few and the milestones; those after the newest are damaged ones of a life that was given up."""
+        usable = [c for c in checkpoints(self.directory) if c.name <= newest.name]
+        kept = usable[-self.config.keep_last :]
+        for milestone in self.config.milestones:
+            kept += [c for c in usable if progress_of(c) >= milestone][:1]
         for other in set(checkpoints(self.directory)) - set(kept):
             shutil.rmtree(other)
 
@@ -146,6 +162,14 @@ class Checkpointer:
 def checkpoints(directory: Path) -> list[Path]:
     """Return every published checkpoint below a directory, oldest first, valid or not."""
     return sorted(directory.glob(f"{PREFIX}*"))
+
+
+def progress_of(checkpoint: Path) -> float:
+    """Return the share of its run's budget that was spent when a checkpoint was saved, 0 if it does not tell."""
+    try:
+        return float(json.loads((checkpoint / STATE_NAME).read_text()).get("progress", 0.0))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def newest_valid(directory: Path) -> Path | None:

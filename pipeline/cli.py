@@ -21,14 +21,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("pipeline.plan", "what a training run would do and cost; runs nothing"),
     "train": ("pipeline.train", "pre-train, or go on where the run was stopped"),
     "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
+    "analyze": (
+        "pipeline.analyze",
+        "how far compressed gradients are from the true one, and the schedule that follows",
+    ),
     "compare": ("pipeline.compare", "every method with and without compression at the same cost"),
+    "study": ("pipeline.study", "baseline, analysis and schedule, and what each way to compress is worth"),
     "bench": ("pipeline.bench", "step, freezing, loader and start, each against a baseline or a limit"),
     "demo": ("pipeline.demo", "all of the above in minutes"),
 }
 # Commands that keep the user's own words beside what they produce.
 KEEPS_OVERRIDES = {"train"}
 # Commands that go on where they were interrupted, and commands that leave at the first Ctrl-C, at once.
-GOES_ON = {"shard", "train"}
+GOES_ON = {"shard", "train", "analyze"}
 LEAVES_AT_ONCE = {"shard", "verify"}
 
 REFUSED, FAILED, INTERRUPTED, UNHEARD = 2, 1, 130, 141

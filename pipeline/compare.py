@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.manifest import Manifest
 from pipeline.benchmarks.report import Column, Report
-from pipeline.children import best_knn, coldpress, metrics_of, own_directory
+from pipeline.children import own_directory
 from pipeline.config import CompareConfig
+from pipeline.trials import Task, Trial, caveats, check
 
 MARKER = ".coldpress-compare"
 COLUMNS = (
@@ -30,86 +28,41 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One run of the comparison."""
-
-    method: str
-    name: str
-    words: tuple[str, ...]
-
-
 def run(config: CompareConfig) -> None:
     """Train every method twice on the same budget and print one table.
 
     Raises:
-        ValueError: shards that cannot be read, an output that holds something else, a command that failed.
+        ValueError: what `check` finds, an output that holds something else, a command that failed.
     """
-    Manifest.load(Path(config.shards))
+    methods = list(dict.fromkeys(config.methods))
+    task = Task(config.shards, config.val, config.budget, config.support, config.output)
+    check(task, [trial for method in methods for trial in trials(config, method)])
     output = own_directory(Path(config.output), MARKER)
     rows, notes = [], []
-    for method in config.methods:
-        whole, compressed = (measure(config, output, case) for case in cases(config, method))
+    for method in methods:
+        whole, compressed = (_row(task, method, trial) for trial in trials(config, method))
+        compressed["tokens"] = f"patch {config.patch_size}, dropout {config.dropout:g}"
         compressed["realized"] = whole["milliseconds_per_unit"] / compressed["milliseconds_per_unit"]
         rows += [whole, compressed]
         notes.append(_explain(whole, compressed))
-    report = Report(COLUMNS, rows, notes)
+    report = Report(COLUMNS, rows, [*notes, *caveats(rows)])
     print(report.table())
     report.write(output / "compare.json", "compare", asdict(config))
 
 
-def cases(config: CompareConfig, method: str) -> tuple[Case, Case]:
+def trials(config: CompareConfig, method: str) -> tuple[Trial, Trial]:
     """Return the uncompressed and the compressed run of a method."""
     cell = (f"compression.patch_size={config.patch_size}", f"compression.dropout={config.dropout}")
     return (
-        Case(method, "none", ("compression=none",)),
-        Case(method, f"patch {config.patch_size}, dropout {config.dropout:g}", ("compression=constant", *cell)),
+        Trial(f"{method}-none", f"small_{method}", ("compression=none",)),
+        Trial(f"{method}-constant", f"small_{method}", ("compression=constant", *cell)),
     )
 
 
-def measure(config: CompareConfig, output: Path, case: Case) -> dict[str, Any]:
-    """Train and evaluate one case and return its row."""
-    name = f"{case.method}-{case.words[0].partition('=')[2]}"
-    where = (f"run={name}", f"runs={output}")
-    begin = time.monotonic()
-    words = (f"experiment=small_{case.method}", f"data.shards={config.shards}", f"budget.value={config.budget:g}")
-    coldpress("train", *words, *where, *case.words)
-    wall = time.monotonic() - begin
-    knn = [_evaluate(config, output / name, where, checkpoint) for checkpoint in ("init", "latest")]
-    trained = summarize(metrics_of(output / name))
-    return {
-        "method": case.method,
-        "tokens": case.name,
-        "wall_seconds": wall,
-        "knn_init": knn[0],
-        "knn": knn[1],
-        **trained,
-    }
-
-
-def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Return what the metrics of a whole run say.
-
-    Time is that of steps, without start and saves: the median over the log intervals, since a machine that others use,
-    too, stutters.
-    """
-    training = [row for row in rows if "loss" in row]
-    last = training[-1]
-    return {
-        "steps": last["step"],
-        "samples": last["samples_total"],
-        "cost": last["cost_total"] / last["samples_total"],
-        "loss_first": training[0]["loss"],
-        "loss_last": last["loss"],
-        "milliseconds_per_unit": statistics.median(1e3 / row["cost_per_second"] for row in training),
-        "data_wait": statistics.median(row["data_wait_ratio"] for row in training),
-    }
-
-
-def _evaluate(config: CompareConfig, run: Path, where: tuple[str, ...], checkpoint: str) -> float:
-    extra = [f"shards={config.val}"] if config.val else []
-    coldpress("evaluate", *where, f"checkpoint={checkpoint}", f"support={config.support}", "k=[20]", *extra)
-    return best_knn(run)
+def _row(task: Task, method: str, trial: Trial) -> dict[str, Any]:
+    trained = trial.train(task)
+    knn = {"knn_init": trial.evaluate(task, "init"), "knn": trial.evaluate(task, "latest")}
+    return {"method": method, "run": trial.run, "tokens": "none", **knn, **trained}
 
 
 def _explain(whole: dict[str, Any], compressed: dict[str, Any]) -> str:

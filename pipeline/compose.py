@@ -29,7 +29,9 @@ ROOTS: dict[str, tuple[str, str]] = {
     "plan": (RUNS, "PlanConfig"),
     "train": (RUNS, "TrainConfig"),
     "evaluate": (RUNS, "EvaluateConfig"),
+    "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),
+    "study": (RUNS, "StudyConfig"),
     "bench": (RUNS, "BenchConfig"),
     "demo": (RUNS, "DemoConfig"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from omegaconf import MISSING
 
 from data.loader import LoaderConfig
 from monitoring.sinks import MonitorConfig
+from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
-from pipeline.compression import CompressionSchedule, Constant, NoCompression, Staged
+from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.engine import EngineConfig
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import DINOConfig, MoCoConfig, SimCLRConfig
@@ -114,6 +116,47 @@ class EvaluateConfig:
 
 
 @dataclass
+class AnalyzeConfig:
+    """Gradient-error analysis of one run's checkpoints."""
+
+    run: str = MISSING
+    runs: str = "runs"
+    # Shares of the run's budget; the checkpoints nearest to them are analyzed, 0 is the untrained model.
+    points: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    # The grid. Without patch sizes: from the model's own to three times it, those that divide the image.
+    patch_sizes: list[int] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 0.9])
+    samples: int = 16384
+    # Of so many samples each gradient is made: the loss has their negatives, and heads their batch statistics.
+    sub_batch: int = 256
+    # Of equation 10, in units of cost; 0 is the cost of one uncompressed batch of the run.
+    budget: float = 0.0
+    # Which samples, and how they are augmented.
+    seed: int = 0
+    # Cells of one pass over the samples; fewer need less memory, lose less when stopped and take longer. 0 takes all.
+    cells_at_once: int = 0
+    # Where the run's shards are today; empty: where they were.
+    shards: str = ""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+
+    def __post_init__(self) -> None:
+        if not self.points or not all(0 <= point <= 1 for point in self.points):
+            raise ValueError(f"points must be shares of the budget in [0, 1], got {self.points}.")
+        if self.sub_batch < 2 or self.samples % self.sub_batch or self.samples < 4 * self.sub_batch:
+            raise ValueError(
+                "samples must be a multiple of sub_batch, at least 4 of them, and sub_batch at least 2; "
+                f"got {self.samples} and {self.sub_batch}."
+            )
+        if not 0 <= self.budget < math.inf:
+            raise ValueError(f"budget must not be negative, got {self.budget:g}; 0 is one uncompressed batch.")
+        if self.cells_at_once < 0 or self.seed < 0:
+            raise ValueError(
+                f"cells_at_once and seed must not be negative, got {self.cells_at_once} and {self.seed}; "
+                "cells_at_once=0 takes all."
+            )
+
+
+@dataclass
 class DemoConfig:
     """The whole pipeline in minutes, on drawn images or on a folder or tar of one's own."""
 
@@ -143,6 +186,36 @@ class CompareConfig:
             raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
         if not self.budget > 0:
             raise ValueError(f"budget must be above 0, got {self.budget:g}; 90e3 takes minutes a run on two cores.")
+
+
+@dataclass
+class StudyConfig:
+    """Baseline, analysis, schedule, and runs of one budget without compression, constant, staged and adaptive."""
+
+    shards: str = MISSING
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    val: str = ""
+    output: str = "runs/study"
+    experiment: str = "small_moco"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    # Units of cost of each run.
+    budget: float = 120e3
+    # Of the analysis, as in `coldpress analyze`.
+    patch_sizes: list[int] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75])
+    samples: int = 2048
+    sub_batch: int = 128
+    # Of its budget, what the adaptive run may spend on measuring. In runs of some hundred steps the usual 0.02 would
+    # pay for a handful of measurements.
+    adaptive_share: float = 0.1
+    # Support samples of the k-NN evaluations; 0 takes all.
+    support: int = 5000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < math.inf:
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be one or several different numbers, got {self.seeds}.")
 
 
 @dataclass
@@ -182,6 +255,6 @@ class BenchConfig:
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.
 GROUPS: dict[str, dict[str, type[Any]]] = {
     "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig},
-    "compression": {"none": NoCompression, "constant": Constant, "staged": Staged},
+    "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
 }

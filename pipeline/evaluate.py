@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.loader import LoaderConfig
 from data.manifest import Manifest
@@ -17,9 +16,8 @@ from pipeline.checkpoint import PREFIX, find_damage, newest_valid
 from pipeline.compose import load
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.distributed import World
-from pipeline.engine import load_method
-from pipeline.methods import build_method
 from pipeline.models.vit import ViT
+from pipeline.networks import networks
 from pipeline.probes.features import extract
 from pipeline.probes.knn import knn_accuracy
 from pipeline.run_directory import read_overrides
@@ -90,16 +88,10 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
-    torch.manual_seed(training.seed)
-    name = config.checkpoint
-    # A checkpoint has all weights: those that the run started from may be gone by now.
-    model = training.model if name == "init" else replace(training.model, weights="")
-    method = build_method(training.method, ViT(model, training.seed))
-    if name != "init":
-        checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
-        load_method(checkpoint, method)
-        name = checkpoint.name
-    return method.representation, name
+    if config.checkpoint == "init":
+        return networks(training, None).representation, "init"
+    checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
+    return networks(training, checkpoint).representation, checkpoint.name
 
 
 def _find(config: EvaluateConfig, directory: Path) -> Path:

@@ -10,6 +10,7 @@ from pipeline.checkpoint import TrainState
 from pipeline.engine import Engine, StepResult
 from pipeline.methods.base import Method
 from pipeline.schedules import Budget, StepPlan
+from pipeline.tuning import Tuned
 
 
 class Meter:
@@ -27,6 +28,8 @@ class Meter:
                 "data_wait_seconds_total",
                 "skipped_steps_total",
                 "recompiles_total",
+                "tuning_cost_total",
+                "tuning_moves_total",
             ),
             0.0,
         )
@@ -57,6 +60,12 @@ class Meter:
         self.totals["data_wait_seconds_total"] = data_wait
         self.totals["skipped_steps_total"] += not result.applied
         self.totals["recompiles_total"] = self._method.encoder.run_block.recompiles
+
+    def tuned(self, tuned: Tuned) -> None:
+        """Count what choosing a compression has cost, and whether there is another one now."""
+        self.totals["cost_total"] += tuned.cost
+        self.totals["tuning_cost_total"] += tuned.cost
+        self.totals["tuning_moves_total"] += tuned.moved
 
     def pause(self, seconds: float) -> None:
         """Leave seconds that were not training (a probe, a save) out of the next report's rates."""

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from data.manifest import Manifest
-from pipeline.compression import NoCompression
+from pipeline.compression import FittedAdaptive, NoCompression
 from pipeline.config import PlanConfig, TrainConfig
 from pipeline.freezing import NoFreeze
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.plots import schedule_picture
 from pipeline.schedules import Schedules, StepPlan, Unit
-from pipeline.train import build_schedules
+from pipeline.train import build_schedules, build_tuner
+from pipeline.tuning import NoTuning
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ def run(config: PlanConfig) -> None:
     """Print the stages of a run and what its budget buys, and draw its schedules."""
     method = imagine(config)
     schedules = build_schedules(config, method)
+    tuner = build_tuner(config, schedules, method, processes=1)
     rows = stages(config, schedules, method)
     print(_table(rows, method))
+    if isinstance(schedules.compression, FittedAdaptive):
+        print(_choice(tuner, schedules, method))
     print(_totals(config, rows, uncompressed_cost(schedules, method)))
     picture = config.directory.with_name(config.directory.name + "-plan.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,15 @@ def _table(rows: list[StageRow], method: Method) -> str:
             f"{row.samples:13,.0f}"
         )
     return "\n".join(lines)
+
+
+def _choice(tuner: NoTuning, schedules: Schedules, method: Method) -> str:
+    """Return what a run will choose from, and that what stands above it is where it starts."""
+    costs = [method.sample_cost(plan) for plan in tuner.reachable(schedules.at(0.0))]
+    return (
+        f"adaptive: chosen while training from {len(costs)} compressions of {min(costs):.4f} to {max(costs):.4f} "
+        "a sample; the plan is that of the first"
+    )
 
 
 def _totals(config: PlanConfig, rows: list[StageRow], dense: float) -> str:

@@ -38,7 +38,7 @@ def schedule_picture(schedules: Schedules, method: Method, path: Path) -> None:
     cost.legend()
     _layer_rates(rates, progress, np.array([p.layer_rates for p in plans]))
     rates.set_xlabel("progress (budget spent / budget)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_picture(metrics: Path, path: Path) -> None:
@@ -56,7 +56,7 @@ def training_picture(metrics: Path, path: Path) -> None:
     shape.legend()
     for axis in axes[1]:
         axis.set_xlabel("budget spent")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _layer_rates(axis: Axes, progress: np.ndarray, rates: np.ndarray) -> None:
@@ -80,7 +80,8 @@ def _curve(axis: Axes, x: Sequence[float], y: Sequence[float], label: str) -> No
     axis.grid(alpha=0.3)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture in the format of its suffix, and let go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)

@@ -14,6 +14,7 @@ from data.loader import Loader
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
 from pipeline.checkpoint import Checkpointer, TrainState
+from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
 from pipeline.engine import Engine
@@ -26,6 +27,7 @@ from pipeline.probes.knn import KNNProbe
 from pipeline.run_directory import RunDirectory
 from pipeline.schedules import Budget, Schedules, StepPlan
 from pipeline.skips import SkippedSteps
+from pipeline.tuning import NoTuning, tuner_for
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Parts:
     method: Method
     schedules: Schedules
     budget: Budget
+    tuner: NoTuning
     loader: Loader
     engine: Engine
     checkpointer: Checkpointer
@@ -78,7 +81,7 @@ def train(
     state: TrainState,
     directory: RunDirectory | None,
 ) -> int:
-    """Run the loop: plan, step, advance; log, probe and save when due; leave when spent or asked."""
+    """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state)
     meter = Meter(parts.method, parts.budget, config.batch_size)
     skips = SkippedSteps(config.engine.max_skipped, config.directory)
@@ -87,13 +90,15 @@ def train(
     batches = parts.loader.batches(start=state.samples)
     while not finished:
         batch = next(batches)
-        plan = parts.schedules.at(_progress(parts.budget, state))
+        plan = parts.tuner.plan(parts.schedules.at(_progress(parts.budget, state)), state)
+        meter.tuned(parts.tuner.tune(batch, plan, state))
         result = parts.engine.step(batch, plan)
         cost = parts.method.sample_cost(plan)
         state.advance(config.batch_size, cost)
         meter.count(plan, result, cost, parts.loader.wait_seconds)
         skips.watch(state.step, result, batch)
-        finished = _progress(parts.budget, state) >= 1
+        progress = _progress(parts.budget, state)
+        finished = progress >= 1
 
         if state.step % config.log_every == 0 or finished:
             loss = float(distributed.mean_over_ranks(result.loss))
@@ -103,7 +108,7 @@ def train(
 
         probing, saving, stopping = distributed.any_rank(
             world.is_main and parts.probe.due(meter.elapsed, meter.seconds_per_sample),
-            world.is_main and parts.checkpointer.due(state),
+            world.is_main and parts.checkpointer.due(state, progress),
             stop.requested,
         )
         if probing:
@@ -114,7 +119,7 @@ def train(
             meter.pause(time.monotonic() - begin)
         if saving or stopping or finished:
             begin = time.monotonic()
-            sinks.write(state.step, parts.checkpointer.save(parts.engine, state))
+            sinks.write(state.step, parts.checkpointer.save(parts.engine, state, progress))
             meter.pause(time.monotonic() - begin)
             _say(directory, "finished" if finished else "running", state)
         if stopping and not finished:
@@ -144,6 +149,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         world_size=world.size,
         device=world.device,
     )
+    tuner = build_tuner(config, schedules, method, world.size)
     engine = Engine(
         method, config.engine, config.optim, local_batch=config.batch_size // world.size, device=world.device
     )
@@ -151,6 +157,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         method=method,
         schedules=schedules,
         budget=Budget(config.budget.value, config.budget.unit),
+        tuner=tuner,
         loader=loader,
         engine=engine,
         checkpointer=Checkpointer(
@@ -177,6 +184,9 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
         "budget.value": config.budget.value,
         "budget.unit": config.budget.unit.value,
     }
+    # Another grid or rule would read the saved evidence otherwise. Other schedules may change, and take over.
+    if isinstance(config.compression, Adaptive):
+        values |= {f"compression.{key}": str(value) for key, value in vars(config.compression).items()}
     for section, part in (("model", config.model), ("method", config.method), ("freeze", config.freeze)):
         values |= {section: type(part).__name__}
         values |= {f"{section}.{key}": str(value) for key, value in vars(part).items()}
@@ -190,13 +200,16 @@ def build_schedules(config: TrainConfig, method: Method) -> Schedules:
     """Return the schedules of a run, every planned shape checked against the model.
 
     Raises:
-        ValueError: a patch size that does not divide the image.
+        ValueError: a patch size that does not divide the image, or a grid without the cell to start with.
     """
+    compression, model = config.compression, config.model
+    if isinstance(compression, Adaptive):
+        compression = compression.fitted(model.image_size, model.patch_size)
     schedules = Schedules(
         rate=config.rate,
         peak_rate=config.rate.peak(config.batch_size),
         weight_decay=config.optim.weight_decay_at,
-        compression=config.compression,
+        compression=compression,
         freeze=config.freeze,
         num_layers=method.encoder.num_layers,
         method=method,
@@ -204,6 +217,22 @@ def build_schedules(config: TrainConfig, method: Method) -> Schedules:
     for progress in (0.0, *schedules.changes()):
         method.tokens(schedules.at(progress))
     return schedules
+
+
+def build_tuner(config: TrainConfig, schedules: Schedules, method: Method, processes: int) -> NoTuning:
+    """Return what chooses the compression while a run trains, if it is chosen then.
+
+    Raises:
+        ValueError: a budget that cannot pay for it, or a batch that cannot be cut for it.
+    """
+    return tuner_for(
+        schedules.compression,
+        method,
+        unit=config.budget.unit,
+        batch_size=config.batch_size,
+        processes=processes,
+        seed=config.seed,
+    )
 
 
 def _open_sinks(config: TrainConfig, world: World, state: TrainState) -> MetricSink:
@@ -226,7 +255,8 @@ def _plans_ahead(parts: Parts, state: TrainState) -> list[StepPlan]:
     """Return one plan of each shape that the rest of the run has."""
     now = _progress(parts.budget, state)
     edges = [now, *(p for p in parts.schedules.changes() if p > now), 1.0]
-    return [parts.schedules.at((begin + end) / 2) for begin, end in pairwise(edges)]
+    plans = [parts.schedules.at((begin + end) / 2) for begin, end in pairwise(edges)]
+    return [each for plan in plans for each in parts.tuner.reachable(plan)]
 
 
 def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState) -> None:

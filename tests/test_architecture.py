@@ -8,7 +8,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted(p for room in ("pipeline", "data", "monitoring") for p in (REPOSITORY / room).rglob("*.py"))
-COMMANDS = {f"pipeline.{name}" for name in ("train", "plan", "evaluate", "bench", "compare", "demo")}
+COMMANDS = {
+    f"pipeline.{name}" for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "study", "demo")
+}
 
 # A room may import itself and what stands here; what is not listed is forbidden. Longest name first wins.
 ARROWS: dict[str, set[str]] = {
@@ -36,11 +38,6 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.engine": {"pipeline.methods", "pipeline.optim", "pipeline.gradients", "pipeline.schedules"},
     "pipeline.skips": {"pipeline.distributed", "pipeline.engine", "pipeline.methods", "pipeline.preemption"},
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
-    "pipeline.meter": {"pipeline.checkpoint", "pipeline.engine", "pipeline.methods", "pipeline.schedules"},
-    "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
-    "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
-    "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
-    "pipeline.analysis_plots": {"pipeline.analysis"},
     "pipeline.analysis": {
         "pipeline.compression",
         "pipeline.distributed",
@@ -48,9 +45,39 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.models",
         "pipeline.schedules",
     },
+    "pipeline.analysis_plots": {"pipeline.analysis"},
+    "pipeline.tuning": {
+        "pipeline.analysis",
+        "pipeline.checkpoint",
+        "pipeline.compression",
+        "pipeline.distributed",
+        "pipeline.methods",
+        "pipeline.schedules",
+    },
+    "pipeline.meter": {
+        "pipeline.checkpoint",
+        "pipeline.engine",
+        "pipeline.methods",
+        "pipeline.schedules",
+        "pipeline.tuning",
+    },
+    "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
+    "pipeline.networks": {"pipeline.config", "pipeline.engine", "pipeline.methods", "pipeline.models"},
+    "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
+    "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
     "pipeline.config": {"pipeline", "data", "monitoring"},
     "pipeline.compose": set(),
     "pipeline.children": set(),
+    "pipeline.trials": {
+        "data",
+        "pipeline.children",
+        "pipeline.compose",
+        "pipeline.config",
+        "pipeline.methods",
+        "pipeline.models",
+        "pipeline.schedules",
+    },
+    "pipeline.study_plots": {"pipeline.plots"},
     "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.compression",
@@ -65,6 +92,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.dali", "data.manifest", "data.views"},
     "pipeline.plan": {"pipeline.train"},
+    "pipeline.analyze": {"pipeline.train"},
     "pipeline.cli": {"pipeline.compose", "pipeline.preemption", "data.verify"},
 }
 # Commands stand on everything below them; only the command line and `plan`, which plans a training run, name one.

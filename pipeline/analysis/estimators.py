@@ -34,55 +34,45 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is left of n vectors: the norm of their sum, each one's norm, and what each shares with the sum.
+    """What is left of n vectors v_j around their mean m.
 
-    ``total``: ||sum||^2. ``squares`` [n]: ||v_j||^2. ``shared`` [n]: v_j . sum, by sketches.
+    ``total``: ||sum v_j||^2 and ``squares``: the sum of ||v_j||^2, both exact. ``along`` [n]: m . (v_j - m) and
+    ``deviations`` [n]: ||v_j - m||^2, both by sketches; only what leaves a vector out needs them.
     """
 
     total: float
-    squares: Tensor
-    shared: Tensor
+    squares: float
+    along: Tensor
+    deviations: Tensor
 
     @property
     def count(self) -> int:
         """Return n."""
-        return len(self.squares)
+        return len(self.along)
 
     def squared_mean(self) -> float:
-        """Return ||mean||^2 of the sample, which is above that of the distribution by variance / n."""
+        """Return ||m||^2, which is above that of the expectation by variance / n."""
         return self.total / self.count**2
 
     def squared_expectation(self) -> float:
         """Return an unbiased estimate of ||E v||^2: the mean of v_i . v_j over all i != j. It may be negative."""
-        return float(_squared_expectation(torch.tensor(self.total), self.squares.sum(), self.count))
+        return (self.total - self.squares) / (self.count * (self.count - 1))
 
     def variance(self) -> float:
         """Return an unbiased estimate of E ||v - E v||^2."""
-        return float(_variance(torch.tensor(self.total), self.squares.sum(), self.count))
+        return (self.squares - self.total / self.count) / (self.count - 1)
 
     def squared_expectation_without(self) -> Tensor:
         """Return `squared_expectation` without each vector in turn [n]."""
-        return _squared_expectation(*self._without())
+        rest, mean = self.count - 1, self.squared_mean()
+        total = rest**2 * mean - 2 * rest * self.along + self.deviations
+        squares = self.squares - mean - 2 * self.along - self.deviations
+        return (total - squares) / (rest * (rest - 1))
 
     def variance_without(self) -> Tensor:
         """Return `variance` without each vector in turn [n]."""
-        return _variance(*self._without())
-
-    def _without(self) -> tuple[Tensor, Tensor, int]:
-        """Return ||sum||^2 and the sum of ||v||^2 without each vector in turn, and how many are left."""
-        return (
-            self.total - 2 * self.shared + self.squares,
-            self.squares.sum() - self.squares,
-            self.count - 1,
-        )
-
-
-def _squared_expectation(total: Tensor, squares: Tensor, count: int) -> Tensor:
-    return (total - squares) / (count * (count - 1))
-
-
-def _variance(total: Tensor, squares: Tensor, count: int) -> Tensor:
-    return (squares - total / count) / (count - 1)
+        rest = self.count - 1
+        return (rest * self.variance() - self.count / rest * self.deviations) / (rest - 1)
 
 
 def standard_error(without: Tensor) -> float:
@@ -92,26 +82,22 @@ def standard_error(without: Tensor) -> float:
 
 
 class RunningSum:
-    """The sum of one configuration's vectors; of each vector itself only its norm and a sketch are kept.
+    """The sum of one configuration's vectors and of their squares; of each vector itself a sketch is kept.
 
     Vectors may be this process's slice of the whole: everything kept adds up over slices.
     """
 
     def __init__(self, length: int, sketch: Sketch, storage: torch.device) -> None:
         self.sum = torch.zeros(length, device=storage)
+        self.squares = torch.zeros((), dtype=torch.float64)
         self._sketch = sketch
-        self._squares: list[Tensor] = []
         self._sketches: list[Tensor] = []
 
     def add(self, vector: Tensor) -> None:
         """Take in the vector of one more sub-batch."""
         self.sum += vector.to(self.sum.device)
-        self._squares.append(square(vector))
+        self.squares += square(vector)
         self._sketches.append(self._sketch(vector))
-
-    def squares(self) -> Tensor:
-        """Return ||v_j||^2 [n]."""
-        return torch.stack(self._squares)
 
     def sketches(self) -> Tensor:
         """Return the sketches [n, SKETCH_SIZE]."""
@@ -122,7 +108,7 @@ class PairedGradients:
     """Gradients of several configurations against the uncompressed one's of the same sub-batches.
 
     Holds one vector for each configuration and one more, each on `storage` and as long as this process's slice of the
-    gradient. `add` follows `start` for each configuration in turn; 
+    gradient. `add` follows `start` for each configuration in turn;
     """
 
     def __init__(
@@ -131,7 +117,7 @@ class PairedGradients:
         sketch = Sketch(length, seed + rank(), device)
         self._reference = RunningSum(length, sketch, storage)
         self._differences = [RunningSum(length, sketch, storage) for _ in range(configurations)]
-        self._squares: list[list[Tensor]] = [[] for _ in range(configurations)]
+        self._squares = torch.zeros(configurations, dtype=torch.float64)
         self._present = torch.empty(0)
 
     def start(self, reference: Tensor) -> None:
@@ -142,23 +128,23 @@ class PairedGradients:
     def add(self, configuration: int, gradient: Tensor) -> None:
         """Take in a configuration's gradient of the present sub-batch."""
         self._differences[configuration].add(gradient - self._present)
-        self._squares[configuration].append(square(gradient))
+        self._squares[configuration] += square(gradient)
 
     def reference(self) -> Moments:
         """Return the moments of the uncompressed gradient. Every process must call this."""
-        return _moments(self._reference.sum, self._reference.squares(), self._reference.sketches())
+        return _moments(self._reference.sum, self._reference.squares, self._reference.sketches())
 
     def differences(self, configuration: int) -> Moments:
         """Return the moments of a configuration's gradient less the uncompressed one. Every process must call this."""
         mine = self._differences[configuration]
-        return _moments(mine.sum, mine.squares(), mine.sketches())
+        return _moments(mine.sum, mine.squares, mine.sketches())
 
     def gradients(self, configuration: int) -> Moments:
         """Return the moments of a configuration's gradient itself. Every process must call this."""
         mine = self._differences[configuration]
         return _moments(
             self._reference.sum + mine.sum,
-            torch.stack(self._squares[configuration]),
+            self._squares[configuration],
             self._reference.sketches() + mine.sketches(),
         )
 
@@ -166,12 +152,16 @@ class PairedGradients:
 def _moments(total: Tensor, squares: Tensor, sketches: Tensor) -> Moments:
     """Return the moments of whole vectors, given those of every process's slice."""
     size = world_size()
-    squares = mean_over_ranks(squares) * size
-    sketches = mean_over_ranks(sketches) * size
-    norm = float(mean_over_ranks(square(total))) * size
-    return Moments(norm, squares, sketches @ sketches.sum(0))
+    norm, squared = (size * float(mean_over_ranks(each)) for each in (square(total), squares))
+    sketches = size * mean_over_ranks(sketches)
+    mean = sketches.mean(0)
+    deviations = (sketches - mean).square().sum(1)
+    # What they add up to is known exactly.
+    exact = squared - norm / len(sketches)
+    return Moments(norm, squared, (sketches - mean) @ mean, deviations * (exact / deviations.sum().clamp(min=1e-300)))
 
 
 def square(vector: Tensor) -> Tensor:
     """Return ||v||^2, added up in fp64, as a number on the CPU."""
-    return torch.linalg.vector_norm(vector, dtype=torch.float64).square().cpu()
+    norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return norm.square().cpu()

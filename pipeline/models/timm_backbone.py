@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models import load_state_dict
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from pipeline.compression import Compression
@@ -19,6 +21,10 @@ from pipeline.models.positions import Positions
 
 # ViTConfig.weights that are no path.
 TIMM_WEIGHTS = "timm"
+# What a file may have beside a backbone, or lack: classifiers, and the norm that timm moves in front of some.
+HEAD_KEYS = ("head", "fc_norm")
+# timm's own where a name does not say.
+USUAL_PATCH_SIZE = 16
 
 
 @dataclass
@@ -27,7 +33,8 @@ class ViTConfig:
 
     name: str = "vit_base_patch16_224"
     image_size: int = 224
-    patch_size: int = 16
+    # 0 is what the name says.
+    patch_size: int = 0
     # Other than the named model's own: for small experiments.
     embed_dim: int | None = None
     depth: int | None = None
@@ -45,6 +52,8 @@ class ViTConfig:
     reference_length: int = 197
 
     def __post_init__(self) -> None:
+        named = re.search(r"patch(\d+)", self.name)
+        self.patch_size = self.patch_size or (int(named[1]) if named else USUAL_PATCH_SIZE)
         sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "reference_length")
         for name in sizes:
             value = getattr(self, name)
@@ -64,6 +73,17 @@ class ViTConfig:
                 f"model.weights={self.weights} come with learned positions; "
                 "say model.positions=learned, or leave out model.weights."
             )
+        if self.weights == TIMM_WEIGHTS and self.changes:
+            raise ValueError(
+                f"model.weights={TIMM_WEIGHTS} are those of the named model, of its own sizes, "
+                f"got {self.changes}; leave the sizes out, or model.weights."
+            )
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """Return the sizes that are other than the named model's own."""
+        asked = {"embed_dim": self.embed_dim, "depth": self.depth, "num_heads": self.num_heads}
+        return {name: value for name, value in asked.items() if value is not None}
 
     @property
     def length(self) -> int:
@@ -85,9 +105,7 @@ def create(config: ViTConfig) -> Any:
     """
     if config.weights not in ("", TIMM_WEIGHTS) and not Path(config.weights).is_file():
         raise ValueError(f"model.weights={config.weights} is no file; give a .safetensors, a .pth, or {TIMM_WEIGHTS}.")
-    asked = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    backbone = _build(config, changes, pretrained=False)
+    backbone = _build(config, pretrained=False)
     misfit = find_misfit(backbone)
     if not misfit and config.stochastic_depth and not all(type(block) is Block for block in backbone.blocks):
         misfit = f"has blocks that model.stochastic_depth={config.stochastic_depth:g} knows no branches of"
@@ -95,11 +113,11 @@ def create(config: ViTConfig) -> Any:
         raise ValueError(
             f"model.name={config.name} {misfit}; take a plain ViT with a class token like vit_base_patch16_224."
         )
-    if not config.weights:
-        return backbone
-    backbone = _build(config, changes, pretrained=True)
     if config.weights == TIMM_WEIGHTS:
+        backbone = _build(config, pretrained=True)
         fold_normalization(backbone.patch_embed.proj, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"])
+    elif config.weights:
+        _load(backbone, config)
     return backbone
 
 
@@ -138,25 +156,60 @@ def find_misfit(backbone: Any) -> str:
     return next((finding for finding, found in findings.items() if found), "")
 
 
-def _build(config: ViTConfig, changes: dict[str, int], *, pretrained: bool) -> Any:
-    from_file = pretrained and config.weights != TIMM_WEIGHTS
+def _build(config: ViTConfig, *, pretrained: bool) -> Any:
     try:
         return timm.create_model(
             config.name,
             pretrained=pretrained,
-            pretrained_cfg_overlay={"file": config.weights, "custom_load": False} if from_file else None,
             img_size=config.image_size,
             patch_size=config.patch_size,
             num_classes=0,
             global_pool="token",
-            **changes,
+            **config.changes,
         )
     # Reading and downloading weights fails in more ways than timm, torch, safetensors and the hub list.
     except Exception as error:
-        said = (str(error).splitlines() or ["no"])[0].rstrip(".:")
         remedy = "take a name from timm.list_models('vit_*') and num_heads that divides embed_dim"
-        if pretrained:
-            remedy = f"take model.weights={config.weights} out, or weights of this very model"
+        raise _refusal(config, error, _other_weights(config) if pretrained else remedy) from error
+
+
+def _load(backbone: Any, config: ViTConfig) -> None:
+    """Load a file's weights, all of them: without a classifier timm itself passes over what it does not find."""
+    try:
+        weights = checkpoint_filter_fn(load_state_dict(config.weights), backbone, adapt_layer_scale=True)
+        differences = _differences(backbone.state_dict(), weights)
+        if not differences:
+            backbone.load_state_dict(weights, strict=False)
+    except Exception as error:
+        raise _refusal(config, error, _other_weights(config)) from error
+    if differences:
         raise ValueError(
-            f"model.name={config.name} with {changes or 'its own sizes'}: timm says {said}; {remedy}."
-        ) from error
+            f"model.weights={config.weights} does not fit model.name={config.name} with "
+            f"{config.changes or 'its own sizes'}: it {' and '.join(differences)}; {_other_weights(config)}."
+        )
+
+
+def _differences(wanted: dict[str, torch.Tensor], given: dict[str, Any]) -> list[str]:
+    """Return in words what a file lacks, has too much or has in another shape, heads aside."""
+    differing = {
+        "lacks {}": [key for key in wanted if key not in given],
+        "has {} too many": [key for key in given if key not in wanted],
+        "has {} of another shape": [
+            key for key in wanted if key in given and getattr(given[key], "shape", None) != wanted[key].shape
+        ],
+    }
+    found = {how: [key for key in keys if not key.startswith(HEAD_KEYS)] for how, keys in differing.items()}
+    return [how.format(_few(keys)) for how, keys in found.items() if keys]
+
+
+def _few(keys: list[str]) -> str:
+    return f"{len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+
+
+def _other_weights(config: ViTConfig) -> str:
+    return f"take model.weights={config.weights} out, or weights of this very model"
+
+
+def _refusal(config: ViTConfig, reason: object, remedy: str) -> ValueError:
+    said = (str(reason).splitlines() or ["no"])[0].rstrip(".:")
+    return ValueError(f"model.name={config.name} with {config.changes or 'its own sizes'}: timm says {said}; {remedy}.")

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.checkpoint import CheckpointConfig, Checkpointer, TrainState, checkpoints, find_damage, newest_valid
+from pipeline.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    TrainState,
+    checkpoints,
+    find_damage,
+    newest_valid,
+    progress_of,
+)
 from pipeline.engine import Engine, EngineConfig, Precision
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
@@ -44,7 +52,7 @@ def saved(tmp_path: Path, make_moco: Callable[..., MoCo], make_batch: Callable[.
     for step in range(3):
         engine.step(make_batch(start=8 * step), plan(step))
         state.advance(8, 1.5)
-        keeper.save(engine, state)
+        keeper.save(engine, state, progress=(step + 1) / 3)
     return tmp_path
 
 
@@ -55,7 +63,7 @@ def test_going_on_is_going_through_bit_for_bit(
     whole, keeper = engine_for(make_moco(), precision), checkpointer(tmp_path)
     for step in range(3):
         whole.step(make_batch(start=8 * step), plan(step))
-    keeper.save(whole, TrainState(3))
+    keeper.save(whole, TrainState(3), 0.3)
     resumed = engine_for(make_moco(), precision)
     assert keeper.restore(resumed) is not None
     for step in range(3, 6):
@@ -116,7 +124,7 @@ def test_a_new_checkpoint_replaces_damaged_later_ones(
     assert state.step == 2
     # Another life that saves earlier than the damaged one did.
     state.step, old = 2, saved / "step_00000002"
-    keeper.save(engine, state)
+    keeper.save(engine, state, 0.3)
     assert [p.name for p in checkpoints(saved)] == ["step_00000002"]
     assert find_damage(old) is None
     assert (saved / "latest").read_text() == "step_00000002"
@@ -162,14 +170,38 @@ def test_due_by_steps_and_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     keeper = checkpointer(tmp_path, every_steps=10, every_minutes=1.0)
-    assert [keeper.due(TrainState(step=s)) for s in (9, 10, 11, 20)] == [False, True, False, True]
+    assert [keeper.due(TrainState(step=s), 0.5) for s in (9, 10, 11, 20)] == [False, True, False, True]
     now[0] += 61
-    assert keeper.due(TrainState(step=11))
+    assert keeper.due(TrainState(step=11), 0.5)
+
+
+def test_milestones_are_saved_when_passed_and_kept_for_good(tmp_path: Path, make_moco: Callable[..., MoCo]) -> None:
+    def keeper() -> Checkpointer:
+        return checkpointer(tmp_path, keep_last=1, milestones=[0.25, 0.5, 1.0])
+
+    engine, first = engine_for(make_moco()), keeper()
+    saved = []
+    for step in range(1, 7):
+        if step == 4:
+            # A new life knows from the checkpoint which milestones have passed.
+            first = keeper()
+            first.restore(engine)
+        if first.due(TrainState(step), step / 10):
+            first.save(engine, TrainState(step), step / 10)
+            saved.append(step)
+    assert saved == [3, 5]
+    first.save(engine, TrainState(9), 0.9)
+    first.save(engine, TrainState(10), 1.0)
+    assert [progress_of(c) for c in checkpoints(tmp_path)] == [0.3, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (
+            {"milestones": [0.5, 1.5]},
+            r"checkpoint\.milestones must be shares of the budget in \(0, 1\], got \[0\.5, 1\.5\]",
+        ),
         ({"every_steps": 0}, r"checkpoint\.every_steps and checkpoint\.every_minutes must be above 0, got 0 and 15"),
         ({"keep_last": 0}, r"checkpoint\.keep_last must be at least 1, got 0"),
     ],

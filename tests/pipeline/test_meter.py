@@ -1,6 +1,7 @@
 """Counts of steps, and what a report says of single layers."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,3 +67,47 @@ def test_cost_is_counted_by_real_tokens_and_by_the_papers_formula(
     assert meter.totals["nominal_cost_total"] == pytest.approx(2 * 8 * (3 * 8.5 + 17) / 17)
     assert meter.totals["tokens_total"] == 2 * 8 * (9 + 17)
     assert meter.totals["skipped_steps_total"] == 1
+
+
+def test_rates_are_since_the_last_report_and_leave_pauses_out(
+    make_moco: Callable[..., MoCo], make_plan: Callable[..., StepPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("pipeline.meter.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 0.0))
+    moco = make_moco()
+    meter, plan = Meter(moco, Budget(10, Unit.steps), 8), make_plan(moco, progress=0.2)
+    engine = SimpleNamespace(layer_norms=lambda: [1.0, float("nan"), 2.0, 0.5], grad_norm=lambda: 1.0)
+
+    def report(seconds: float, steps: int, data_wait: float, done: int) -> dict[str, float]:
+        for _ in range(steps):
+            meter.count(plan, StepResult(torch.zeros(()), {}, applied=True), 4.0, data_wait)
+        clock.now += seconds
+        return meter.report(TrainState(step=done), plan, engine, loss=1.0)  # type: ignore[arg-type]
+
+    meter.pause(4.0)
+    first = report(10.0, steps=2, data_wait=1.5, done=7)
+    assert first["samples_per_second"] == pytest.approx(2 * 8 / 6)
+    assert first["tokens_per_second"] == pytest.approx(2 * 8 * 34 / 6)
+    assert first["cost_per_second"] == pytest.approx(2 * 8 * 4 / 6)
+    assert first["step_seconds"] == pytest.approx(3)
+    assert first["data_wait_ratio"] == pytest.approx(1.5 / 6)
+    # Half of the run in 10 seconds, from 0.2 on: 6 seconds for the last 0.3 of it.
+    assert first["eta_seconds"] == pytest.approx(6)
+    # A norm that is no number is larger than any.
+    assert first["grad_norm_largest_layer"] == 1
+    second = report(4.0, steps=1, data_wait=2.5, done=8)
+    assert second["samples_per_second"] == pytest.approx(8 / 4)
+    assert second["data_wait_ratio"] == pytest.approx(1.0 / 4)
+
+
+def test_what_a_plan_does_to_tokens_is_reported(
+    make_moco: Callable[..., MoCo], make_plan: Callable[..., StepPlan]
+) -> None:
+    moco = make_moco()
+    plan = make_plan(moco, compression(8, 0.25), frozen=2, momentum=0.9)
+    engine = SimpleNamespace(layer_norms=list, grad_norm=lambda: 1.0)
+    metrics = Meter(moco, Budget(10, Unit.steps), 8).report(TrainState(step=5), plan, engine, loss=1.0)  # type: ignore[arg-type]
+    # 16 patches and the class token; the query keeps 12 of the patches, the key all.
+    names = ("patch_size_pixels", "token_dropout_ratio", "query_tokens", "key_tokens", "frozen_layers")
+    assert [metrics[name] for name in names] == [8, 0.25, 13, 17, 2]
+    assert metrics["momentum_ratio"] == 0.9

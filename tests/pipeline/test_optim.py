@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline.methods.moco import MoCo
-from pipeline.optim import HEADS, LAST_LAYER, VECTORS, OptimConfig, parameter_groups
+from pipeline.optim import HEADS, LAST_LAYER, VECTORS, OptimConfig, adamw, parameter_groups
 
 
 def test_groups_are_named_by_layer_and_hold_what_learns(make_moco: Callable[..., MoCo]) -> None:
@@ -29,6 +29,13 @@ def test_vectors_can_be_left_out_of_weight_decay_and_the_last_layer_is_a_group(m
     assert [id(p) for g in groups if g["name"] == LAST_LAYER for p in g["params"]] == [id(last[0])]
     members = [id(p) for g in groups for p in g["params"]]
     assert sorted(members) == sorted(id(p) for p in moco.parameters() if p.requires_grad)
+
+
+def test_the_optimizer_has_the_configs_numbers(make_moco: Callable[..., MoCo]) -> None:
+    moco = make_moco()
+    groups = parameter_groups(moco.layers(), moco.parameters())
+    optimizer = adamw(groups, OptimConfig(betas=[0.8, 0.95], weight_decay=0.3))
+    assert {(group["betas"], group["weight_decay"]) for group in optimizer.param_groups} == {((0.8, 0.95), 0.3)}
 
 
 @pytest.mark.parametrize(

@@ -40,3 +40,34 @@ def test_only_skips_in_a_row_end_the_run_and_leave_the_samples(
         skips.watch(6, BAD, make_batch(4, start=24))
     written = json.loads((tmp_path / "bad_batch.json").read_text())
     assert written == {"step": 6, "ranks": [{"rank": 0, "loss": "nan", "indices": [24, 25, 26, 27]}]}
+
+
+ON_TWO = """
+    from pathlib import Path
+    from types import SimpleNamespace
+    import torch
+    from pipeline import distributed
+    from pipeline.engine import StepResult
+    from pipeline.preemption import ProcessFailedError
+    from pipeline.skips import SkippedSteps
+
+    world = distributed.start()
+    loss = torch.tensor([1.5, float("inf")][world.rank])
+    batch = SimpleNamespace(index=10 * world.rank + torch.arange(3))
+    try:
+        SkippedSteps(1, Path({folder!r})).watch(7, StepResult(loss, {{}}, applied=False), batch)
+    except (ProcessFailedError, SystemExit) as end:
+        print(type(end).__name__)
+    distributed.stop()
+    """
+
+
+def test_the_main_process_speaks_for_all_and_lists_the_samples_of_each(
+    run_ranks: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    said = run_ranks(ON_TWO.format(folder=str(tmp_path)), 2)
+    assert [each.strip().splitlines()[-1] for each in said] == ["ProcessFailedError", "SystemExit"]
+    assert json.loads((tmp_path / "bad_batch.json").read_text())["ranks"] == [
+        {"rank": 0, "loss": 1.5, "indices": [0, 1, 2]},
+        {"rank": 1, "loss": "inf", "indices": [10, 11, 12]},
+    ]

@@ -1,5 +1,7 @@
 """Families of timm by name: equal to timm's own forward, weights of a file, and what is refused."""
 
+import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,10 @@ def pooled(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
 
 
 def write(model: VisionTransformer, path: Path) -> str:
-    state = model.state_dict()
+    return save(model.state_dict(), path)
+
+
+def save(state: dict[str, torch.Tensor], path: Path) -> str:
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
@@ -144,6 +149,10 @@ def test_a_model_with_parts_that_have_no_place_is_found_out(changes: dict[str, A
         ({"stochastic_depth": 1.0}, r"model\.stochastic_depth must be a rate in \[0, 1\), got 1;"),
         ({"weights": "no.pth"}, r"model\.weights=no\.pth is no file; give"),
         ({"weights": "timm", "positions": Positions.sincos}, r"model\.weights=timm .*; say model\.positions=learned"),
+        (
+            {"weights": "timm"},
+            r"model\.weights=timm are those of the named model, .*, got .*'depth': 3.*; leave the sizes",
+        ),
     ],
 )
 def test_a_backbone_that_cannot_be_is_refused(arguments: dict[str, Any], sentence: str) -> None:
@@ -164,9 +173,85 @@ def test_a_file_that_does_not_fit_is_refused(content: str, tmp_path: Path) -> No
         ViT(replace(LEARNED, weights=str(path)), seed=0)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("depth", "prefix", "sentence"),
+    [
+        (3, "net.", r"lacks 42 keys \(cls_token, pos_embed, .*, \.\.\.\) and has 44 keys \(net\..*\) too many; take"),
+        (2, "", r"lacks 12 keys \(blocks\.2\.[^,]*, blocks\.2\.[^,]*, blocks\.2\.[^,]*, \.\.\.\); take model\.w"),
+        (4, "", r"has 12 keys \(blocks\.3\.[^,]*, .*, \.\.\.\) too many; take model\.weights=.* out, or wei"),
+    ],
+)  # fmt: skip
+def test_a_file_is_loaded_as_a_whole_or_refused(
+    depth: int, prefix: str, sentence: str, suffix: str, tmp_path: Path
+) -> None:
+    state = make_reference("vit_small_patch16_224", depth=depth).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    save({prefix + key: value for key, value in state.items()}, path)
+    with pytest.raises(
+        ValueError, match=rf"^model\.weights={path} does not fit model\.name=.*: it {sentence}"
+    ) as refusal:
+        ViT(replace(LEARNED, weights=str(path)), seed=0)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"a": torch.zeros(3)}}])
+def test_a_file_without_weights_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"lacks 42 keys"):
+        ViT(replace(LEARNED, weights=str(tmp_path / "weights.pth")), seed=0)
+
+
+def test_a_file_of_another_width_is_refused(tmp_path: Path) -> None:
+    weights = write(make_reference("vit_small_patch16_224", embed_dim=96), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"it has \d+ keys \(cls_token, .*\) of another shape; take"):
+        ViT(replace(LEARNED, weights=weights), seed=0)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_keys_is_taken_off(prefix: str, tmp_path: Path) -> None:
+    reference = make_reference("vit_small_patch16_224")
+    state = {prefix + key: value for key, value in reference.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    vit = ViT(replace(LEARNED, weights=str(tmp_path / "weights.pth")), seed=0)
+    assert torch.equal(vit.patch.weight, reference.patch_embed.proj.weight)
+    assert torch.equal(vit.blocks[2].mlp.fc2.weight, reference.blocks[2].mlp.fc2.weight)
+
+
+def test_a_classifier_is_no_part_of_a_backbone(tmp_path: Path) -> None:
+    state = make_reference("vit_small_patch16_224").state_dict()
+    extra = {"head_dist.weight": torch.zeros(3, 48), "fc_norm.weight": torch.ones(48)}
+    without = {key: value for key, value in state.items() if not key.startswith("head")}
+    for content in (state, without, state | extra):
+        torch.save(content, tmp_path / "weights.pth")
+        ViT(replace(LEARNED, weights=str(tmp_path / "weights.pth")), seed=0)
+
+
+def test_layer_scales_of_deit_3s_authors_are_known_by_their_names(tmp_path: Path) -> None:
+    reference = make_reference("deit3_small_patch16_224")
+    state = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): value for key, value in reference.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    vit = ViT(replace(LEARNED, name="deit3_small_patch16_224", weights=str(tmp_path / "weights.pth")), seed=0)
+    assert torch.equal(vit.blocks[0].ls1.gamma, reference.blocks[0].ls1.gamma)
+
+
 def test_an_image_that_the_patch_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"patch_size must divide model\.image_size=225, got 16; try 224 pixels"):
         ViTConfig(image_size=225)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_base_patch32_224", 32),
+        ("vit_huge_patch14_clip_224", 14),
+        ("vit_base_patch16_224.mae", 16),
+        ("test_vit", 16),
+    ],
+)
+def test_patches_are_those_of_the_name_unless_told_otherwise(name: str, size: int) -> None:
+    assert ViTConfig(name).patch_size == size
+    assert ViTConfig(name, patch_size=8).patch_size == 8
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -192,3 +277,25 @@ def test_a_kernel_for_our_pixels_stays_as_it_is() -> None:
     fold_normalization(patch, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert torch.equal(patch.weight, before)
     assert patch.bias is None
+
+
+def test_timms_own_weights_see_our_pixels_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_base_patch16_clip_224"
+    reference = make_reference(name)
+    # What timm would download.
+    monkeypatch.setattr("pipeline.models.timm_backbone.timm.create_model", lambda *_, **__: copy.deepcopy(reference))
+    vit = ViT(replace(LEARNED, name=name, weights="timm"), seed=0)
+    mean, std, ours_mean, ours_std = (
+        torch.tensor(each)[:, None, None]
+        for each in (
+            reference.pretrained_cfg["mean"],
+            reference.pretrained_cfg["std"],
+            IMAGENET_DEFAULT_MEAN,
+            IMAGENET_DEFAULT_STD,
+        )
+    )
+    assert not torch.equal(mean, ours_mean)
+    pixels = torch.rand(4, 3, 48, 48)
+    with torch.no_grad():
+        got, want = vit((pixels - ours_mean) / ours_std, Compression(), INDEX), pooled(reference, (pixels - mean) / std)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)

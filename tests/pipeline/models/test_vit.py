@@ -134,6 +134,13 @@ def test_a_patch_that_does_not_divide_a_view_is_refused(vit: ViT) -> None:
         vit(torch.zeros(4, 3, 32, 32), compression(12, 0.0), INDEX)
 
 
+def test_another_seed_drops_other_tokens(vit: ViT) -> None:
+    images = torch.randn(4, 3, 48, 48)
+    one = vit.embed(images, compression(None, 0.5), INDEX, stream=0)
+    vit.seed = 1
+    assert not torch.equal(vit.embed(images, compression(None, 0.5), INDEX, stream=0), one)
+
+
 def test_attention_is_fused(vit: ViT) -> None:
     assert all(block.attn.fused_attn for block in vit.blocks)
 
@@ -147,9 +154,13 @@ def test_views_that_come_together_are_encoded_as_if_alone() -> None:
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
-def test_stochastic_depth_is_timms_blocks_with_our_factors() -> None:
+# DeiT-3 scales branches, too.
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_stochastic_depth_is_timms_blocks_with_our_factors(name: str) -> None:
     torch.manual_seed(0)
-    vit = ViT(replace(CONFIG, stochastic_depth=0.6), seed=3)
+    vit = ViT(replace(CONFIG, name=name, stochastic_depth=0.6), seed=3)
+    for parameter in vit.blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     images = torch.randn(4, 3, 48, 48)
     scales = residual_scales(INDEX, 0.6, 3, seed=3, stream=1)
     assert 0 < int((scales == 0).sum()) < scales.numel()

@@ -1,0 +1,127 @@
+"""Command: the whole of paper A at once: a baseline, its gradient errors, their schedule, and what each is worth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pipeline.analysis.results import read
+from pipeline.analysis.selection import best_constant
+from pipeline.benchmarks.report import Column, Report
+from pipeline.checkpoint import checkpoints, progress_of
+from pipeline.children import coldpress, metrics_of, own_directory
+from pipeline.config import StudyConfig
+from pipeline.study_plots import study_picture
+from pipeline.trials import Task, Trial, caveats, check
+
+MARKER = ".coldpress-study"
+BASELINE, CONSTANT, STAGED, ADAPTIVE = "none", "constant", "staged", "adaptive"
+SCHEDULES = (BASELINE, CONSTANT, STAGED, ADAPTIVE)
+# Each quarter of a run is evaluated, and of the baseline analyzed.
+MILESTONES = (0.25, 0.5, 0.75, 1.0)
+NEVER = 10**9
+COLUMNS = (
+    Column("schedule", "compression"),
+    Column("seed", "seed", ".0f"),
+    Column("cost", "cost/sample", ".3f"),
+    Column("samples", "samples", ",.0f"),
+    Column("loss_first", "loss from", ".3f"),
+    Column("loss_last", "to", ".3f"),
+    *(Column(f"knn_{milestone:.0%}", f"k-NN {milestone:.0%}", ".1%") for milestone in (0.0, *MILESTONES)),
+    Column("wall_seconds", "wall s", ",.0f"),
+    Column("milliseconds_per_unit", "ms/unit", ".3f"),
+    Column("reached", "reached at", ".0%"),
+)
+
+
+def run(config: StudyConfig) -> None:
+    """Train the baseline, analyze it, then train with every way of compressing on the same budget; print one table.
+
+    Raises:
+        ValueError: what would stop it half-way, an output that holds something else, a command that failed.
+    """
+    task = Task(config.shards, config.val, config.budget, config.support, config.output)
+    check(task, [_trial(config, BASELINE, config.seeds[0], ())])
+    output = own_directory(Path(config.output), MARKER)
+    rows = [_row(task, trial, schedule, seed) for schedule, seed, trial in _trials(config, output)]
+    for row in rows:
+        baseline = next(r for r in rows if r["schedule"] == BASELINE and r["seed"] == row["seed"])
+        row["reached"] = reached(row, baseline["knn_100%"])
+    report = Report(COLUMNS, rows, [*_notes(rows), *caveats(rows)])
+    print(report.table())
+    report.write(output / "study.json", "study", asdict(config))
+    study_picture(rows, {row["run"]: metrics_of(output / row["run"]) for row in rows}, output / "study.png")
+    print(f"picture: {output / 'study.png'}")
+
+
+def reached(row: dict[str, Any], accuracy: float) -> float:
+    """Return the share of the budget at which a run's k-NN was first as good as `accuracy`, between evaluations linear.
+
+    Not a number if it never was.
+    """
+    points = [(0.0, row["knn_0%"]), *((m, row[f"knn_{m:.0%}"]) for m in MILESTONES)]
+    for (before, low), (after, high) in pairwise(points):
+        if high >= accuracy:
+            rise = (accuracy - low) / (high - low) if high > low else 0.0
+            return before + max(0.0, rise) * (after - before)
+    return float("nan")
+
+
+def _trials(config: StudyConfig, output: Path) -> Iterator[tuple[str, int, Trial]]:
+    """Yield each run when what it needs is there: the first baseline, its analysis in between, then all others."""
+    first, *others = config.seeds
+    baseline = _trial(config, BASELINE, first, ("compression=none",))
+    yield BASELINE, first, baseline
+    sizes, rates = (str(each).replace(" ", "") for each in (config.patch_sizes, config.dropouts))
+    grid = (f"patch_sizes={sizes}", f"dropouts={rates}")
+    amount = (f"samples={config.samples}", f"sub_batch={config.sub_batch}")
+    coldpress("analyze", f"run={baseline.run}", f"runs={config.output}", *grid, *amount)
+    folder = output / baseline.run / "analysis"
+    size, dropout = best_constant(read(folder / "gradient_error.json"))
+    words = {
+        BASELINE: ("compression=none",),
+        CONSTANT: ("compression=constant", f"compression.patch_size={size}", f"compression.dropout={dropout}"),
+        STAGED: ("compression=staged", f"compression.file={folder / 'schedule.yaml'}"),
+        ADAPTIVE: (
+            "compression=adaptive",
+            f"compression.share={config.adaptive_share}",
+            *(f"compression.{each}" for each in grid),
+        ),
+    }
+    for seed in (first, *others):
+        for schedule in SCHEDULES:
+            if (schedule, seed) != (BASELINE, first):
+                yield schedule, seed, _trial(config, schedule, seed, words[schedule])
+
+
+def _trial(config: StudyConfig, schedule: str, seed: int, words: tuple[str, ...]) -> Trial:
+    saves = (
+        f"checkpoint.milestones={[*MILESTONES]}".replace(" ", ""),
+        f"checkpoint.every_steps={NEVER}",
+        f"checkpoint.every_minutes={NEVER}",
+    )
+    return Trial(f"{schedule}-{seed}", config.experiment, (*words, f"seed={seed}", *saves))
+
+
+def _row(task: Task, trial: Trial, schedule: str, seed: int) -> dict[str, Any]:
+    trained = trial.train(task)
+    knn = {"knn_0%": trial.evaluate(task, "init")}
+    saved = checkpoints(Path(task.output) / trial.run / "checkpoints")
+    for milestone in MILESTONES:
+        checkpoint = next(c for c in saved if progress_of(c) >= milestone)
+        knn[f"knn_{milestone:.0%}"] = trial.evaluate(task, str(int(checkpoint.name.rpartition("_")[2])))
+    return {"run": trial.run, "schedule": schedule, "seed": seed, **trained, **knn}
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Say how the ways of compressing compare, with the spread over seeds where there are several."""
+    notes = ["`reached at`: the share of the budget at which the uncompressed run's final k-NN was reached."]
+    seeds = len({row["seed"] for row in rows})
+    for schedule in SCHEDULES if seeds > 1 else ():
+        knn = [row["knn_100%"] for row in rows if row["schedule"] == schedule]
+        notes.append(f"{schedule}: k-NN {statistics.mean(knn):.2%} +- {statistics.stdev(knn):.2%} over {seeds} seeds.")
+    return notes
