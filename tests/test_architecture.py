@@ -45,7 +45,14 @@ ARROWS: dict[str, set[str]] = {
         "data.order",
     },
     "pipeline.checkpoint": {"pipeline.engine", "pipeline.distributed"},
-    "pipeline.analysis": {"pipeline.distributed", "pipeline.methods", "pipeline.schedules"},
+    "pipeline.analysis": {
+        "pipeline.compression",
+        "pipeline.distributed",
+        "pipeline.methods",
+        "pipeline.models",
+        "pipeline.schedules",
+    },
+    "pipeline.analysis_plots": {"pipeline.analysis"},
     "pipeline.tuning": {
         "pipeline.analysis",
         "pipeline.checkpoint",

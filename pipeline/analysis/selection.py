@@ -89,13 +89,18 @@ def choose(analysis: Analysis, config: SelectionConfig) -> list[Choice]:
 
 def stages(choices: Sequence[Choice]) -> list[Stage]:
     """Return one stage for each run of panels with the same cell; ends are midpoints between panels, the last is 1."""
-    points = [choice.panel.progress for choice in choices]
-    assert all(a < b for a, b in pairwise(points)), "panels must be of different checkpoints, in order"
-    ends = [round((a + b) / 2, DECIMALS) for a, b in pairwise(points)] + [1.0]
+    reached = zip(choices, ends([choice.panel for choice in choices]), strict=True)
     found = []
-    for (patch_size, dropout), group in groupby(zip(choices, ends, strict=True), lambda pair: shape(pair[0].chosen)):
+    for (patch_size, dropout), group in groupby(reached, lambda pair: shape(pair[0].chosen)):
         found.append(Stage(patch_size, dropout, until=list(group)[-1][1]))
     return found
+
+
+def ends(panels: Sequence[Panel]) -> list[float]:
+    """Return the progress up to which each panel is the nearest one; the last reaches to the end."""
+    points = [panel.progress for panel in panels]
+    assert all(a < b for a, b in pairwise(points)), "panels must be of different checkpoints, in order"
+    return [round((a + b) / 2, DECIMALS) for a, b in pairwise(points)] + [1.0]
 
 
 def best_constant(analysis: Analysis) -> Shape:

@@ -1,12 +1,13 @@
 """What several pipeline tests need: small networks, drawn shards, 2-process runs."""
 
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from data.manifest import Manifest, SampleIndex
+from pipeline.analysis.results import Analysis, CellError, Panel
 from pipeline.compression import Compression
 from pipeline.methods import Method
 from pipeline.methods.moco import MoCo, MoCoConfig
@@ -125,3 +127,36 @@ def damaged_shards(drawn_shards: Path, tmp_path: Path) -> Path:
             tar.seek(int(index.offset[sample]))
             tar.write(b"<html>")
     return copy
+
+
+@pytest.fixture(scope="session")
+def make_papers() -> Callable[..., Analysis]:
+    """Return an analysis in the spirit of Figure 4 of Lin et al., 2024, by patch sizes, dropouts and progress.
+
+    Compression costs bias, most of all late, and saves variance; eight sub-batches.
+    """
+    around = [1 + 0.02 * math.sin(j) for j in range(8)]
+
+    def cell(progress: float, gradient: float, size: int, dropout: float) -> CellError:
+        tokens = (240 // size) ** 2
+        query = int(tokens * (1 - dropout) + 1e-9) + 1
+        cost = (3 * query + tokens + 1) / 197
+        missing = 1 - query / 226
+        # At the start the mildest compression is estimated below zero.
+        bias = gradient * ((0.05 + 0.6 * progress) * missing**3 - 2e-3 * (missing > 0))
+        variance = 300 * gradient * (1 + 0.5 * missing)
+        without = [bias * a for a in around], [variance * a for a in around[::-1]]
+        plugin = bias + 0.01 * missing * gradient
+        return CellError(size, dropout, query, tokens + 1, cost, cost, bias, plugin, variance, *without)
+
+    def panel(progress: float, sizes: Sequence[int], dropouts: Sequence[float]) -> Panel:
+        gradient = 4 * math.exp(-3 * progress)
+        cells = [cell(progress, gradient, size, dropout) for size in sizes for dropout in dropouts]
+        squares = [gradient * a for a in around]
+        return Panel(progress, progress, "step", 0, 86_000_000, 4698.0, gradient, gradient, squares, cells)
+
+    def make(sizes: Sequence[int], dropouts: Sequence[float], points: Sequence[float]) -> Analysis:
+        panels = [panel(progress, sizes, dropouts) for progress in points]
+        return Analysis("first", "moco", 240, 16, 256, 32, {}, panels)
+
+    return make
