@@ -14,6 +14,7 @@ from pipeline.meter import Meter
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
 from pipeline.schedules import Budget, StepPlan, Unit
+from pipeline.tuning import Tuned
 
 
 def report(moco: MoCo, batch: object, config: EngineConfig, frozen: int) -> dict[str, float]:
@@ -66,3 +67,11 @@ def test_cost_is_counted_by_real_tokens_and_by_the_papers_formula(
     assert meter.totals["nominal_cost_total"] == pytest.approx(2 * 8 * (3 * 8.5 + 17) / 17)
     assert meter.totals["tokens_total"] == 2 * 8 * (9 + 17)
     assert meter.totals["skipped_steps_total"] == 1
+
+
+def test_the_cost_of_tuning_is_a_part_of_the_cost(make_moco: Callable[..., MoCo]) -> None:
+    meter = Meter(make_moco(), Budget(100, Unit.cost), 8)
+    for tuned in (Tuned(), Tuned(3.0), Tuned(4.0, moved=True)):
+        meter.tuned(tuned)
+    totals = meter.totals
+    assert (totals["cost_total"], totals["tuning_cost_total"], totals["tuning_moves_total"]) == (7, 7, 1)

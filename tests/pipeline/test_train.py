@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,6 @@ TINY = [
     "method.hidden_dim=64",
     "method.out_dim=32",
     "rate.base=1e-2",
-    "compression=staged",
-    "compression.stages=[{until:0.4,patch_size:16,dropout:0.5},{until:0.7,patch_size:null,dropout:0.25}]",
     "freeze=freezeout",
     "freeze.t0=0.3",
     "freeze.curve=linear",
@@ -46,6 +45,10 @@ TINY = [
     "checkpoint.keep_last=100",
     "probe.share=0",
     "data.threads=1",
+]
+STAGED = [
+    "compression=staged",
+    "compression.stages=[{until:0.4,patch_size:16,dropout:0.5},{until:0.7,patch_size:null,dropout:0.25}]",
 ]
 
 Train = Callable[..., "Life"]
@@ -59,7 +62,8 @@ class Life:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        words = ["train", f"run={name}", f"runs={runs}", f"data.shards={shards}", *TINY, *overrides]
+        staged = [] if any(word.startswith("compression=") for word in overrides) else STAGED
+        words = ["train", f"run={name}", f"runs={runs}", f"data.shards={shards}", *TINY, *staged, *overrides]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         self.processes = [
             subprocess.Popen(
@@ -124,7 +128,7 @@ def train(tmp_path: Path, drawn_shards: Path) -> Iterator[Train]:
 
 def final_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of the last checkpoint: weights, momentum encoder, optimizer shards."""
-    checkpoint = directory / "checkpoints" / f"step_{STEPS:08d}"
+    checkpoint = max((directory / "checkpoints").glob("step_*"))
     tensors: dict[str, torch.Tensor] = {}
 
     def collect(prefix: str, value: object) -> None:
@@ -148,7 +152,7 @@ def assert_same_run(first: Life, second: Life) -> None:
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
     assert first.losses() == second.losses()
-    assert [r["step"] for r in second.rows()] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in second.rows()] == list(range(1, len(first.losses()) + 1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -207,6 +211,52 @@ def test_every_method_resumes_bit_for_bit_and_evaluates_what_it_should(train: Tr
     prefix = "coldpress/" if name == "dino" else "module/"
     key = f"mp_rank_00_model_states.pt/{prefix}encoder.blocks.1.mlp.fc1.weight"
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, final_tensors(whole.directory)[key])
+
+
+# Moves at every measurement that shows any difference, so that a run of seconds has several.
+ADAPTIVE = [
+    "compression=adaptive",
+    "compression.share=0.5",
+    "compression.sub_batches=4",
+    "compression.evidence=0",
+    "budget.unit=cost",
+    "budget.value=3000",
+]
+
+
+def tuning_of(directory: Path, step: int) -> dict[str, Any]:
+    """Return what a run had chosen and spent when it saved."""
+    saved = json.loads((directory / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())
+    tuning: dict[str, Any] = saved["state"]["tuning"]
+    return tuning
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_chooses_its_compression_resumes_bit_for_bit(train: Train, ranks: int) -> None:
+    whole = train("whole", ranks, *ADAPTIVE)
+    said = whole.succeed()
+    assert said.count("compression moves from patches of") >= 3
+    first = train("parts", ranks, *ADAPTIVE)
+    first.wait_for_step(len(whole.losses()) // 2)
+    first.send(signal.SIGTERM)
+    assert first.end()[0] == [75] * ranks
+    stopped_at = json.loads((first.directory / "status.json").read_text())["step"]
+    assert tuning_of(first.directory, stopped_at)["spent"] > 0
+    assert "compression.evidence must stay what it was" in refuse(
+        train("parts", ranks, *ADAPTIVE, "compression.evidence=1")
+    )
+    second = train("parts", ranks, *ADAPTIVE)
+    assert f"resumed at step {stopped_at}" in second.succeed()
+    assert_same_run(whole, second)
+    steps = int(whole.rows()[-1]["step"])
+    assert tuning_of(whole.directory, steps) == tuning_of(second.directory, steps)
+
+    rows = whole.rows()
+    assert len({row["query_tokens"] for row in rows}) > 3
+    assert rows[-1]["tuning_moves_total"] >= 3
+    assert all(row["tuning_cost_total"] <= 0.5 * row["budget_spent"] for row in rows)
+    assert rows[-1]["tuning_cost_total"] == pytest.approx(tuning_of(whole.directory, steps)["spent"])
+    assert rows[-1]["cost_total"] == pytest.approx(rows[-1]["budget_spent"])
 
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
@@ -332,7 +382,7 @@ def test_too_many_skipped_steps_in_a_row_are_one_sentence_and_a_list_of_samples(
 
 
 def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:
-    words = ["train", "run=t", f"runs={tmp_path}", f"data.shards={drawn_shards}", *TINY, "budget.value=2"]
+    words = ["train", "run=t", f"runs={tmp_path}", f"data.shards={drawn_shards}", *TINY, *STAGED, "budget.value=2"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = subprocess.run(
