@@ -269,6 +269,20 @@ def test_errors_are_those_of_gradients_taken_by_hand(name: str) -> None:
         assert len(error.without) == 4
 
 
+def test_a_last_layer_that_starts_is_measured_alike_by_a_run_that_went_on_and_one_that_was_resumed() -> None:
+    found = []
+    for resumed in (False, True):
+        method = make_method("dino")
+        measure = LiveErrors(method, sub_batches=3, seed=0)
+        for parameter in method.last_layer():
+            # As the engine left it in the step before; a new one has told nobody yet.
+            parameter.requires_grad_(resumed)
+        plan = plan_of(method, 2)
+        assert plan.last_layer_rate > 0
+        found.append(measure(make_crops(method, 2), replace(plan, query=Compression(), key=Compression()), [plan]))
+    assert found[0] == found[1]
+
+
 def trace(engine: Engine) -> dict[str, torch.Tensor]:
     method = engine.method
     tensors = {f"state {name}": tensor for name, tensor in method.state().items()}
