@@ -90,6 +90,19 @@ def test_restore_gives_back_every_tensor(saved: Path, make_moco: Callable[..., M
     assert all(float(s["step"]) == 3 for s in moments.values())
 
 
+def test_a_state_that_was_saved_before_runs_chose_their_compression_loads(
+    saved: Path, make_moco: Callable[..., MoCo]
+) -> None:
+    file = saved / "step_00000003" / "state.json"
+    content = json.loads(file.read_text())
+    assert content["state"].pop("tuning") == {}
+    file.write_text(json.dumps(content))
+    listing = json.loads((file.parent / "MANIFEST.json").read_text())
+    listing.pop(file.name)
+    (file.parent / "MANIFEST.json").write_text(json.dumps(listing))
+    assert checkpointer(saved).restore(engine_for(make_moco())) == TrainState(3, 24, 36.0)
+
+
 def test_only_published_names_and_the_newest_are_kept(saved: Path) -> None:
     assert [p.name for p in checkpoints(saved)] == ["step_00000002", "step_00000003"]
     assert (saved / "latest").read_text() == "step_00000003"

@@ -141,7 +141,7 @@ def test_a_comparison(
         coldpress(command, *words, *(["model.depth=1"] if command == "train" else []))
 
     # A sixth of the time; steps and costs, which count forwards of the whole model, stay the same.
-    monkeypatch.setattr("pipeline.compare.coldpress", on_one_block)
+    monkeypatch.setattr("pipeline.trials.coldpress", on_one_block)
     words = [f"output={tmp_path / 'out'}", f"val={drawn_shards}", "methods=[simclr]", "budget=2000", "support=0"]
     run(configured(drawn_shards, *words))
     table = capfd.readouterr().out

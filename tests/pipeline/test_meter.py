@@ -15,6 +15,7 @@ from pipeline.meter import Meter
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
 from pipeline.schedules import Budget, StepPlan, Unit
+from pipeline.tuning import Tuned
 
 
 def report(moco: MoCo, batch: object, config: EngineConfig, frozen: int) -> dict[str, float]:
@@ -111,3 +112,11 @@ def test_what_a_plan_does_to_tokens_is_reported(
     names = ("patch_size_pixels", "token_dropout_ratio", "query_tokens", "key_tokens", "frozen_layers")
     assert [metrics[name] for name in names] == [8, 0.25, 13, 17, 2]
     assert metrics["momentum_ratio"] == 0.9
+
+
+def test_the_cost_of_tuning_is_a_part_of_the_cost(make_moco: Callable[..., MoCo]) -> None:
+    meter = Meter(make_moco(), Budget(100, Unit.cost), 8)
+    for tuned in (Tuned(), Tuned(3.0), Tuned(4.0, moved=True)):
+        meter.tuned(tuned)
+    totals = meter.totals
+    assert (totals["cost_total"], totals["tuning_cost_total"], totals["tuning_moves_total"]) == (7, 7, 1)

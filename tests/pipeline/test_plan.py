@@ -70,6 +70,29 @@ def said(capsys: pytest.CaptureFixture[str], runs: Path, *overrides: str) -> lis
     return capsys.readouterr().out.splitlines()
 
 
+ADAPTIVE = ["compression=adaptive", "model.image_size=240", "budget.value=1e6"]
+
+
+def test_what_is_chosen_while_training_is_said_and_priced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header, start, choice, *_ = said(capsys, tmp_path, *ADAPTIVE, "budget.unit=cost")
+    assert header.startswith("progress")
+    assert start.split()[3:6] == ["24", "0.500", "51/101"]
+    # Of patches of 48 with 2 of 25 kept, and of 225 patches of 16, over 197.
+    costs = [(3 * 3 + 26) / 197, (3 * 226 + 226) / 197]
+    assert choice.startswith("adaptive: chosen while training from 30 compressions of {:.4f} to {:.4f}".format(*costs))
+
+
+def test_what_a_run_would_refuse_of_a_choice_a_plan_refuses(tmp_path: Path) -> None:
+    for words, sentence in (
+        (["budget.unit=steps"], "budget.unit must be cost with compression=adaptive"),
+        (["budget.unit=cost", "batch_size=20"], "compression.sub_batches must cut the batch of each process evenly"),
+        (["budget.unit=cost", "compression.patch_sizes=[16,28]"], "compression.patch_sizes must divide"),
+        (["budget.unit=cost", "compression.start_patch_size=28"], "compression.start_patch_size must be one of"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(load("plan", ["run=p", f"runs={tmp_path}", "model.depth=2", *ADAPTIVE, *words]))
+
+
 def test_a_plan_has_no_weights() -> None:
     _, method, _ = plan("budget.value=1")
     assert all(parameter.is_meta for parameter in method.parameters())

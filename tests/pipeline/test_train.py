@@ -11,14 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.compose import load
+from pipeline.distributed import World
 from pipeline.evaluate import load_encoder
 from pipeline.evaluate import run as evaluate
 from pipeline.run_directory import read_overrides
+from pipeline.train import _identity
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24
@@ -37,8 +41,6 @@ TINY = [
     "method.hidden_dim=64",
     "method.out_dim=32",
     "rate.base=1e-2",
-    "compression=staged",
-    "compression.stages=[{until:0.4,patch_size:16,dropout:0.5},{until:0.7,patch_size:null,dropout:0.25}]",
     "freeze=freezeout",
     "freeze.t0=0.3",
     "freeze.curve=linear",
@@ -47,6 +49,10 @@ TINY = [
     "checkpoint.keep_last=100",
     "probe.share=0",
     "data.threads=1",
+]
+STAGED = [
+    "compression=staged",
+    "compression.stages=[{until:0.4,patch_size:16,dropout:0.5},{until:0.7,patch_size:null,dropout:0.25}]",
 ]
 
 Train = Callable[..., "Life"]
@@ -60,7 +66,8 @@ class Life:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        words = ["train", f"run={name}", f"runs={runs}", f"data.shards={shards}", *TINY, *overrides]
+        staged = [] if any(word.startswith("compression=") for word in overrides) else STAGED
+        words = ["train", f"run={name}", f"runs={runs}", f"data.shards={shards}", *TINY, *staged, *overrides]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         self.processes = [
             subprocess.Popen(
@@ -125,7 +132,7 @@ def train(tmp_path: Path, drawn_shards: Path) -> Iterator[Train]:
 
 def final_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of the last checkpoint: weights, momentum encoder, optimizer shards."""
-    checkpoint = directory / "checkpoints" / f"step_{STEPS:08d}"
+    checkpoint = max((directory / "checkpoints").glob("step_*"))
     tensors: dict[str, torch.Tensor] = {}
 
     def collect(prefix: str, value: object) -> None:
@@ -149,7 +156,7 @@ def assert_same_run(first: Life, second: Life) -> None:
     assert a.keys() == b.keys()
     assert not [name for name in a if not torch.equal(a[name], b[name])]
     assert first.losses() == second.losses()
-    assert [r["step"] for r in second.rows()] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in second.rows()] == list(range(1, len(first.losses()) + 1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -224,6 +231,66 @@ def test_a_run_does_not_need_the_schedule_file_that_it_started_from(train: Train
     assert "dropout: 0.25" in (life.directory / "config.yaml").read_text()
     evaluate(load("evaluate", ["run=filed", f"runs={tmp_path}", "k=[5]"]))
     assert list((life.directory / "eval").glob("knn-*.json"))
+
+
+# Moves at every measurement that shows any difference, so that a run of seconds has several.
+ADAPTIVE = [
+    "compression=adaptive",
+    "compression.share=0.5",
+    "compression.sub_batches=4",
+    "compression.evidence=0",
+    "compression.dropouts=[0,0.25,0.5]",
+    "compression.start_patch_size=8",
+    "compression.start_dropout=0.25",
+    "budget.unit=cost",
+    "budget.value=1500",
+]
+
+
+def tuning_of(directory: Path, step: int) -> dict[str, Any]:
+    """Return what a run had chosen and spent when it saved."""
+    saved = json.loads((directory / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())
+    tuning: dict[str, Any] = saved["state"]["tuning"]
+    return tuning
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_chooses_its_compression_resumes_bit_for_bit(train: Train, ranks: int) -> None:
+    whole = train("whole", ranks, *ADAPTIVE)
+    said = whole.succeed()
+    assert said.count("compression moves from patches of") >= 2
+    first = train("parts", ranks, *ADAPTIVE)
+    first.wait_for_step(len(whole.losses()) // 2)
+    first.send(signal.SIGTERM)
+    assert first.end()[0] == [75] * ranks
+    stopped_at = json.loads((first.directory / "status.json").read_text())["step"]
+    assert tuning_of(first.directory, stopped_at)["spent"] > 0
+    second = train("parts", ranks, *ADAPTIVE)
+    assert f"resumed at step {stopped_at}" in second.succeed()
+    assert_same_run(whole, second)
+    steps = int(whole.rows()[-1]["step"])
+    assert tuning_of(whole.directory, steps) == tuning_of(second.directory, steps)
+
+    rows = whole.rows()
+    assert len({row["query_tokens"] for row in rows}) > 2
+    assert rows[-1]["tuning_moves_total"] >= 2
+    assert all(row["tuning_cost_total"] <= 0.5 * row["budget_spent"] for row in rows)
+    assert rows[-1]["tuning_cost_total"] == pytest.approx(tuning_of(whole.directory, steps)["spent"])
+    assert rows[-1]["cost_total"] == pytest.approx(rows[-1]["budget_spent"])
+
+
+def test_how_a_run_chooses_its_compression_must_stay_when_it_resumes() -> None:
+    loader = SimpleNamespace(manifest=SimpleNamespace(fingerprint="x"))
+    words = ["run=r", "budget.unit=cost", "budget.value=1"]
+
+    def identity(*compression: str) -> dict[str, object]:
+        config = load("train", [*words, *compression])
+        return _identity(config, loader, World(0, 0, 1, torch.device("cpu")))  # type: ignore[arg-type]
+
+    assert identity("compression=adaptive")["compression.share"] == "0.02"
+    assert identity("compression=adaptive", "compression.share=0.1")["compression.share"] == "0.1"
+    # A schedule may take over, and another one after it.
+    assert not [key for key in identity("compression=constant") if key.startswith("compression")]
 
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
@@ -350,7 +417,7 @@ def test_too_many_skipped_steps_in_a_row_are_one_sentence_and_a_list_of_samples(
 
 
 def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:
-    words = ["train", "run=t", f"runs={tmp_path}", f"data.shards={drawn_shards}", *TINY, "budget.value=2"]
+    words = ["train", "run=t", f"runs={tmp_path}", f"data.shards={drawn_shards}", *TINY, *STAGED, "budget.value=2"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = subprocess.run(
