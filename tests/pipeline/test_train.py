@@ -382,6 +382,12 @@ def test_a_broken_sample_is_named_counted_and_survived(train: Train, damaged_sha
     assert life.rows()[-1]["bad_samples_total"] in (2, 3, 4)
 
 
+def test_a_batch_larger_than_the_set_is_said_once(train: Train) -> None:
+    sentence = "batch_size is larger than the set: a sample may occur twice in a batch"
+    assert train("small", 1, "budget.value=1", "batch_size=48").succeed().count(sentence) == 0
+    assert train("large", 1, "budget.value=1", "batch_size=50").succeed().count(sentence) == 1
+
+
 def test_one_broken_sample_too_many_is_one_sentence(train: Train, damaged_shards: Path) -> None:
     codes, said = train("run", 1, f"data.shards={damaged_shards}", "data.max_bad_samples=0").end()
     assert codes == [1]
