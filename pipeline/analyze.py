@@ -18,6 +18,7 @@ from pipeline import distributed
 from pipeline.analysis.measure import grid, measure
 from pipeline.analysis.results import Analysis, Panel, panel_from, write
 from pipeline.analysis.selection import Choice, choose, stages
+from pipeline.analysis_plots import draw
 from pipeline.checkpoint import checkpoints, find_damage, progress_of
 from pipeline.compose import load
 from pipeline.compression import NoCompression
@@ -215,6 +216,7 @@ def _report(config: AnalyzeConfig, training: TrainConfig, directory: Path, panel
     folder = directory / FOLDER
     write(analysis, folder / "gradient_error.json")
     write_schedule(schedule, folder / "schedule.yaml", _origin(analysis))
+    draw(analysis, choices, config.selection.confidence, folder)
     print(table(analysis, choices))
     print("\n".join(["schedule:", *(f"  - {in_line(stage)}" for stage in schedule)]))
     log.info(

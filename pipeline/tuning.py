@@ -77,7 +77,7 @@ class Tuner(NoTuning):
 
     def reachable(self, plan: StepPlan) -> list[StepPlan]:
         """Return the plan with the compression of every cell."""
-        return [self._at(plan, cell) for cell in self._grid.cells()]
+        return [self._at(plan, cell) for cell in self._grid.grid()]
 
     def tune(self, batch: Batch, plan: StepPlan, state: TrainState) -> Tuned:
         """Measure if the share of the budget allows it, and move if there is a better neighbor beyond doubt."""

@@ -118,7 +118,7 @@ class FittedAdaptive(Adaptive):
         size, dropout = cell
         return compression(None if size == self.own_patch_size else size, dropout)
 
-    def cells(self) -> list[GridCell]:
+    def grid(self) -> list[GridCell]:
         """Return every cell of the grid."""
         return [(size, dropout) for size in self.patch_sizes for dropout in self.dropouts]
 

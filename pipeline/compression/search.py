@@ -64,7 +64,7 @@ class Search:
         """Go on from what `numbers` returned; from nothing, or from a cell of another grid, at the grid's start."""
         self._grid = grid
         cell = (*numbers.get("cell", ()),)
-        self.cell: GridCell = cell if cell in grid.cells() else grid.start
+        self.cell: GridCell = cell if cell in grid.grid() else grid.start
         self.spent: float = numbers.get("spent", 0.0)
         self._evidence = {pair: Evidence(*each) for pair, each in numbers.get("evidence", {}).items()}
 

@@ -101,8 +101,9 @@ ON_TWO = """
     world = distributed.start()
     loss = torch.tensor([1.5, float("inf")][world.rank])
     batch = SimpleNamespace(index=10 * world.rank + torch.arange(3))
+    skips = SkippedSteps(1, Path({folder!r}), Manifest.load(Path({shards!r})), seed=5)
     try:
-        SkippedSteps(1, Path({folder!r}), Manifest.load(Path({shards!r})), seed=5).watch(7, StepResult(loss, {{}}, applied=False), batch)
+        skips.watch(7, StepResult(loss, {{}}, applied=False), batch)
     except (ProcessFailedError, SystemExit) as end:
         print(type(end).__name__)
     distributed.stop()

@@ -65,7 +65,7 @@ class Scripted:
     cells: dict[Compression, GridCell] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cells = {self.grid.compression(cell): cell for cell in self.grid.cells()}
+        self.cells = {self.grid.compression(cell): cell for cell in self.grid.grid()}
 
     def __call__(self, batch: Crops, reference: StepPlan, plans: Sequence[StepPlan]) -> list[GradientError]:
         assert reference.query == Compression()
@@ -197,7 +197,7 @@ def test_other_schedules_are_left_alone(shapes: Method) -> None:
 def test_every_cell_is_reachable(shapes: Method) -> None:
     tuner = tuner_for(GRID, shapes, unit=Unit.cost, batch_size=64, processes=1, seed=0)
     plans = tuner.reachable(StepPlan(0.5, 1e-3, 0.1, 0.99, (1e-3,)))
-    assert [plan.query for plan in plans] == [GRID.compression(cell) for cell in GRID.cells()]
+    assert [plan.query for plan in plans] == [GRID.compression(cell) for cell in GRID.grid()]
     assert all(plan.key == shapes.key_compression(plan.query) for plan in plans)
 
 
@@ -355,7 +355,7 @@ def test_measuring_compiles_nothing_and_every_cell_is_compiled_before(monkeypatc
     prewarm(method, tuner.reachable(plan), 12, CPU)
     graphs = blocks.graphs
     assert graphs > 4
-    for step, cell in enumerate(grid.cells()):
+    for step, cell in enumerate(grid.grid()):
         state, crops = TrainState(cost=1e9, tuning={"cell": [*cell]}), make_crops(method, step)
         present = tuner.plan(plan, state)
         assert tuner.tune(crops, present, state).cost > 0

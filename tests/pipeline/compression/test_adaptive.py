@@ -10,7 +10,7 @@ def test_the_grid_is_the_papers_at_240_pixels_and_starts_with_a_mix_of_both() ->
     grid = Adaptive().fitted(240, 16)
     assert grid.patch_sizes == [16, 20, 24, 30, 40, 48]
     assert grid.dropouts == [0, 0.25, 0.5, 0.75, 0.9]
-    assert len(grid.cells()) == 30
+    assert len(grid.grid()) == 30
     assert grid.start == (24, 0.5)
     assert grid.at(0.0) == grid.at(0.9) == compression(24, 0.5)
     assert grid.changes() == []
