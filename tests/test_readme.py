@@ -10,7 +10,12 @@ from pipeline.compose import ROOTS, load
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md"), *REPOSITORY.glob("docs/*.md")]
-REQUIRED = {"train": ["run=x", "budget.value=1"], "plan": ["run=x", "budget.value=1"], "evaluate": ["run=x"]}
+REQUIRED = {
+    "train": ["run=x", "budget.value=1"],
+    "plan": ["run=x", "budget.value=1"],
+    "evaluate": ["run=x"],
+    "analyze": ["run=x"],
+}
 
 
 def text(path: Path) -> str:
@@ -24,7 +29,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(REPOSITORY)))
-def test_commands_compose(path: Path) -> None:
+def test_commands_compose(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an earlier command of the page leaves, and a later one reads.
+    schedule = tmp_path / "runs" / "whole" / "analysis" / "schedule.yaml"
+    schedule.parent.mkdir(parents=True)
+    schedule.write_text("stages: [{until: 0.5, patch_size: 30}]")
+    monkeypatch.chdir(tmp_path)
     for line in re.findall(r"^ +coldpress (.+)$", text(path), re.M):
         command, *words = line.split("#")[0].split()
         assert command in COMMANDS

@@ -1,0 +1,68 @@
+"""The study: its arithmetic, its refusals, and a small one of two ways for real."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline import study
+from pipeline.children import coldpress
+from pipeline.compose import load
+from pipeline.study import reached, run
+
+
+def row(*accuracies: float) -> dict[str, float]:
+    return {f"knn_{m:.0%}": a for m, a in zip((0.0, *study.MILESTONES), accuracies, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "share"),
+    [
+        # Half-way between the evaluations at 25 and 50 %.
+        ((0.1, 0.2, 0.4, 0.5, 0.6), 0.375),
+        ((0.1, 0.3, 0.4, 0.5, 0.6), 0.25),
+        ((0.35, 0.3, 0.4, 0.5, 0.6), 0.0),
+        ((0.1, 0.2, 0.2, 0.2, 0.4), 0.875),
+    ],
+)
+def test_where_an_accuracy_is_first_reached(accuracies: tuple[float, ...], share: float) -> None:
+    assert reached(row(*accuracies), 0.3) == pytest.approx(share)
+
+
+def test_what_was_never_reached_is_no_number() -> None:
+    assert math.isnan(reached(row(0.1, 0.2, 0.25, 0.29, 0.28), 0.3))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["budget=0"], r"budget must be above 0, got 0"),
+        (["seeds=[]"], r"seeds must be one or several different numbers, got \[\]"),
+        (["seeds=[1,1]"], r"seeds must be one or several different numbers, got \[1, 1\]"),
+    ],
+)
+def test_refusals(words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load("study", ["shards=x", *words])
+
+
+def test_a_study(
+    tmp_path: Path, drawn_shards: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_one_block(command: str, *words: str) -> None:
+        coldpress(command, *words, *(["model.depth=1", "batch_size=16"] if command == "train" else []))
+
+    # Time, without which nothing else changes: a small model and batch, two ways to compress, two evaluations.
+    monkeypatch.setattr("pipeline.trials.coldpress", on_one_block)
+    monkeypatch.setattr(study, "SCHEDULES", (study.BASELINE, study.STAGED))
+    monkeypatch.setattr(study, "MILESTONES", (1.0,))
+    words = [f"shards={drawn_shards}", f"val={drawn_shards}", f"output={tmp_path / 'out'}", "budget=1100", "support=0"]
+    words += ["patch_sizes=[6,12]", "dropouts=[0,0.5]", "samples=32", "sub_batch=8"]
+    run(load("study", words))
+    assert "compression  seed" in capfd.readouterr().out
+    whole, staged = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
+    assert (whole["schedule"], staged["schedule"], whole["cost"]) == ("none", "staged", pytest.approx(4.0))
+    assert staged["cost"] <= whole["cost"]
+    assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "none-0" / "analysis" / "schedule.yaml").exists()
