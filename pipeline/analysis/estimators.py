@@ -108,7 +108,7 @@ class PairedGradients:
     """Gradients of several configurations against the uncompressed one's of the same sub-batches.
 
     Holds one vector for each configuration and one more, each on `storage` and as long as this process's slice of the
-    gradient. `add` follows `start` for each configuration in turn;
+    gradient. `add` follows `start` for each configuration in turn.
     """
 
     def __init__(
