@@ -79,7 +79,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         (["method.symmetric=1", "method=dino", "method.crop_min=1"], "belongs to method=moco and method=simclr, which"),
         (["experiment=small_dino", "method.crop_min=1"], "say method=moco or method=simclr too."),
         (["experiment=demo", "freeze=none"], "the experiment sets freeze.t0, which freeze=none does not have; leave"),
-        (["experiment=mocov3_in1k_accelerated", "compression=constant"], "sets compression.stages, which compr"),
+        (["experiment=mocov3_in1k_accelerated", "compression=constant"], "sets compression.file, which compr"),
         (["experiment=small_dino", "method=moco"], "which method=moco does not have; leave method=moco out, or"),
         (["compression=staged", "compression.stages=[{untl:0.5}]"], "compression.stages.untl is not a key of coldpress "
          "train; did you mean compression.stages.until?"),
