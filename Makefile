@@ -31,7 +31,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 suite: $(INSTALLED)
-	$(BIN)/pytest -q --durations=15
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations=15
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow --durations=15

@@ -9,12 +9,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipeline.analysis.measure import grid as cells
 from pipeline.analysis.results import read
 from pipeline.analysis.selection import best_constant
 from pipeline.benchmarks.report import Column, Report
 from pipeline.checkpoint import checkpoints, progress_of
 from pipeline.children import coldpress, metrics_of, own_directory
-from pipeline.config import StudyConfig
+from pipeline.compose import load
+from pipeline.compression import Adaptive
+from pipeline.config import StudyConfig, TrainConfig
 from pipeline.study_plots import study_picture
 from pipeline.trials import Task, Trial, caveats, check
 
@@ -45,7 +48,8 @@ def run(config: StudyConfig) -> None:
         ValueError: what would stop it half-way, an output that holds something else, a command that failed.
     """
     task = Task(config.shards, config.val, config.budget, config.support, config.output)
-    check(task, [_trial(config, BASELINE, config.seeds[0], ())])
+    check(task, [_trial(config, BASELINE, config.seeds[0], ("compression=none",))])
+    _check_grid(config, task)
     output = own_directory(Path(config.output), MARKER)
     rows = [_row(task, trial, schedule, seed) for schedule, seed, trial in _trials(config, output)]
     for row in rows:
@@ -76,26 +80,47 @@ def _trials(config: StudyConfig, output: Path) -> Iterator[tuple[str, int, Trial
     first, *others = config.seeds
     baseline = _trial(config, BASELINE, first, ("compression=none",))
     yield BASELINE, first, baseline
-    sizes, rates = (str(each).replace(" ", "") for each in (config.patch_sizes, config.dropouts))
-    grid = (f"patch_sizes={sizes}", f"dropouts={rates}")
-    amount = (f"samples={config.samples}", f"sub_batch={config.sub_batch}")
-    coldpress("analyze", f"run={baseline.run}", f"runs={config.output}", *grid, *amount)
+    coldpress("analyze", *_analysis(config, baseline.run))
     folder = output / baseline.run / "analysis"
     size, dropout = best_constant(read(folder / "gradient_error.json"))
     words = {
         BASELINE: ("compression=none",),
         CONSTANT: ("compression=constant", f"compression.patch_size={size}", f"compression.dropout={dropout}"),
         STAGED: ("compression=staged", f"compression.file={folder / 'schedule.yaml'}"),
-        ADAPTIVE: (
-            "compression=adaptive",
-            f"compression.share={config.adaptive_share}",
-            *(f"compression.{each}" for each in grid),
-        ),
+        ADAPTIVE: _adaptive(config),
     }
     for seed in (first, *others):
         for schedule in SCHEDULES:
             if (schedule, seed) != (BASELINE, first):
                 yield schedule, seed, _trial(config, schedule, seed, words[schedule])
+
+
+def _check_grid(config: StudyConfig, task: Task) -> None:
+    """Refuse before the first training what the analysis or the adaptive run would refuse after it.
+
+    Raises:
+        ValueError: cells that the model cannot take, or samples that sub-batches do not divide.
+    """
+    training: TrainConfig = load("train", _trial(config, ADAPTIVE, 0, _adaptive(config)).training_words(task))
+    cells(config.patch_sizes, config.dropouts, training.model)
+    assert isinstance(training.compression, Adaptive)
+    training.compression.fitted(training.model.image_size, training.model.patch_size)
+    load("analyze", _analysis(config, "x"))
+
+
+def _analysis(config: StudyConfig, run: str) -> list[str]:
+    amount = (f"samples={config.samples}", f"sub_batch={config.sub_batch}")
+    return [f"run={run}", f"runs={config.output}", *_grid(config), *amount]
+
+
+def _adaptive(config: StudyConfig) -> tuple[str, ...]:
+    share = f"compression.share={config.adaptive_share}"
+    return ("compression=adaptive", share, *(f"compression.{word}" for word in _grid(config)))
+
+
+def _grid(config: StudyConfig) -> tuple[str, str]:
+    sizes, rates = (str(each).replace(" ", "") for each in (config.patch_sizes, config.dropouts))
+    return f"patch_sizes={sizes}", f"dropouts={rates}"
 
 
 def _trial(config: StudyConfig, schedule: str, seed: int, words: tuple[str, ...]) -> Trial:

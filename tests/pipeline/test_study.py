@@ -47,6 +47,23 @@ def test_refusals(words: list[str], sentence: str) -> None:
         load("study", ["shards=x", *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["patch_sizes=[6,7]"], r"patch_sizes must divide the run's image_size=48, got 7"),
+        (["dropouts=[0,0.25]"], r"compression\.start_dropout must be one of compression\.dropouts=\[0\.0, 0\.25\]"),
+        (["samples=100"], r"samples must be a multiple of sub_batch"),
+        (["budget=1000"], r"budget must buy every run at least 2 steps, got 1000: one step of none-0 costs 1024"),
+    ],
+)
+def test_what_a_later_command_would_refuse_is_refused_before_the_first(
+    words: list[str], sentence: str, drawn_shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        run(load("study", [f"shards={drawn_shards}", f"output={tmp_path / 'out'}", *words]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_study(
     tmp_path: Path, drawn_shards: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
