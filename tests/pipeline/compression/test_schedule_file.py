@@ -20,7 +20,9 @@ patch_sizes = st.none() | st.integers(1, 64)
 
 
 def staged(*words: str) -> TrainConfig:
-    config: TrainConfig = load("train", ["run=r", "budget.value=1", "compression=staged", *words])
+    config: TrainConfig = load(
+        "train", ["run=r", "budget.value=1", "model.image_size=240", "compression=staged", *words]
+    )
     return config
 
 

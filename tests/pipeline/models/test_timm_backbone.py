@@ -284,7 +284,8 @@ def test_timms_own_weights_see_our_pixels_as_theirs(monkeypatch: pytest.MonkeyPa
     reference = make_reference(name)
     # What timm would download.
     monkeypatch.setattr("pipeline.models.timm_backbone.timm.create_model", lambda *_, **__: copy.deepcopy(reference))
-    vit = ViT(replace(LEARNED, name=name, weights="timm"), seed=0)
+    config = ViTConfig(name, 48, 8, positions=Positions.learned, weights="timm")
+    vit = ViT(config, seed=0)
     mean, std, ours_mean, ours_std = (
         torch.tensor(each)[:, None, None]
         for each in (
