@@ -189,11 +189,6 @@ class CompareConfig:
         if unknown or not self.methods:
             raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
         _check_support(self.support)
-        if not 0 <= self.dropout < 1 or self.patch_size < 1:
-            raise ValueError(
-                "dropout must be in [0, 1) and patch_size at least 1 pixel, "
-                f"got {self.dropout:g} and {self.patch_size}; 0.5 and 8 are usual."
-            )
         if not 0 < self.budget < math.inf:
             raise ValueError(f"budget must be above 0, got {self.budget:g}; 90e3 takes minutes a run on two cores.")
 
