@@ -96,6 +96,7 @@ def test_refusals(words: list[str], sentence: str) -> None:
         ),
         (["patch_size=0"], r"^patch_size must be a number of pixels, got 0"),
         (["dropout=1.0"], r"^dropout must be in \[0, 1\), got 1\.0; 0 keeps every token"),
+        (["dropout=nan"], r"^dropout must be in \[0, 1\), got nan; 0 keeps every token"),
         # One step of 256 samples of DINO: 3 * 65 + 3 * 4 * 17 + 65 tokens over 65.
         (["budget=1827"], r"at least 2 steps, got 1827: one step of dino-none costs 1827\.45; 90e3"),
         (["val={flat}"], r"^val: .*flat has 0 classes, .*shards has 4 or others; both must be sharded from the same"),

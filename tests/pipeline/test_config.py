@@ -140,11 +140,6 @@ def test_refusals(overrides: list[str], sentence: str) -> None:
         ("compare", ["shards=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
         ("compare", ["shards=x", "budget=inf"], "budget must be above 0, got inf; 90e3"),
         (
-            "compare",
-            ["shards=x", "dropout=nan"],
-            "dropout must be in [0, 1) and patch_size at least 1 pixel, got nan and 8;",
-        ),
-        (
             "plan",
             ["run=x", "budget.value=1", "cost_per_gpu_second=inf"],
             "cost_per_gpu_second must be at least 0, got inf",
