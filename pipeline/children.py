@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +22,32 @@ def start(*words: str) -> subprocess.Popen[bytes]:
 
 
 def coldpress(*words: str) -> None:
-    """Run a coldpress command to its end.
+    """Run a coldpress command to its end; SIGTERM ends it, too.
 
     Raises:
         ValueError: it failed.
+        SystemExit: this process was asked to stop, and the command has.
     """
-    if start(*words).wait():
+    before = signal.signal(signal.SIGTERM, _leave)
+    process = start(*words)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C reached the command as well, which may be saving.
+        process.wait()
+        raise
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
         raise ValueError(f"`coldpress {words[0]}` failed; its own message stands above.")
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def own_directory(path: Path, marker: str) -> Path:

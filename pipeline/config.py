@@ -201,15 +201,15 @@ class StudyConfig:
     # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
     val: str = ""
     output: str = "runs/study"
-    experiment: str = "small_moco"
+    experiment: str = "tiny_moco"
     seeds: list[int] = field(default_factory=lambda: [0])
     # Units of cost of each run.
-    budget: float = 120e3
+    budget: float = 240e3
     # Of the analysis, as in `coldpress analyze`.
     patch_sizes: list[int] = field(default_factory=list)
     dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75])
-    samples: int = 2048
-    sub_batch: int = 128
+    samples: int = 4096
+    sub_batch: int = 64
     # Of its budget, what the adaptive run may spend on measuring. In runs of some hundred steps the usual 0.02 would
     # pay for a handful of measurements.
     adaptive_share: float = 0.1
@@ -218,7 +218,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < math.inf:
-            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 240e3 takes minutes a run on two cores.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or several different numbers, got {self.seeds}.")
 

@@ -29,6 +29,9 @@ class SelectionConfig:
     # A cell is as good as the best one unless the paired difference is significant at this level (two-sided Student t
     # over sub-batches); of such cells the cheapest is taken. 0 takes the smallest estimate.
     confidence: float = 0.95
+    # ... and unless its estimate is above the best one by more than this share: the noisiest cells, whose intervals
+    # overlap with everything, are mostly the most compressed.
+    tolerance: float = 0.1
     # Compression never rises again: no stage takes a cell that would cost less than the previous stage's.
     monotone: bool = False
     # At most so many different cells, each of which is a shape to compile for; 0 is no limit.
@@ -41,6 +44,10 @@ class SelectionConfig:
             raise ValueError(
                 f"selection.confidence must be in [0, 1), got {self.confidence:g}; 0 takes the smallest estimate."
             )
+        if not self.tolerance >= 0:
+            raise ValueError(
+                f"selection.tolerance must be a share of at least 0, got {self.tolerance:g}; inf leaves it to confidence."
+            )
         if self.max_shapes < 0:
             raise ValueError(f"selection.max_shapes must not be negative, got {self.max_shapes}; 0 is no limit.")
 
@@ -52,7 +59,7 @@ class Choice:
     panel: Panel
     # The smallest CA-MSE.
     best: CellError
-    # Those that are not worse beyond noise, the best one among them.
+    # Those that are not worse beyond noise and tolerance, the best one among them.
     ties: list[CellError]
     chosen: CellError
 
@@ -79,7 +86,7 @@ def choose(analysis: Analysis, config: SelectionConfig) -> list[Choice]:
     assert all([shape(c) for c in panel.cells] == [shape(c) for c in panels[0].cells] for panel in panels)
     z = two_sided(config.confidence, analysis.sub_batches - 1)
     bests = [min(panel.cells, key=panel.ca_mse) for panel in panels]
-    ties = [_ties(panel, best, z) for panel, best in zip(panels, bests, strict=True)]
+    ties = [_ties(panel, best, z, config.tolerance) for panel, best in zip(panels, bests, strict=True)]
     losses = [_losses(*each) for each in zip(panels, bests, ties, strict=True)]
     shapes = min(config.max_shapes or len(panels), len(panels))
     indices = _rising_path(panels, losses, shapes) if config.monotone else _free_path(losses, shapes)
@@ -122,10 +129,12 @@ def find(panel: Panel, wanted: Shape) -> CellError:
     return next(cell for cell in panel.cells if shape(cell) == wanted)
 
 
-def _ties(panel: Panel, best: CellError, z: float) -> list[CellError]:
-    """Return the cells whose CA-MSE is not above the best one's by more than z standard errors of the difference."""
+def _ties(panel: Panel, best: CellError, z: float, tolerance: float) -> list[CellError]:
+    """Return the cells above the best one's CA-MSE by at most z standard errors of the difference and `tolerance`."""
     least = panel.ca_mse(best)
-    return [c for c in panel.cells if panel.ca_mse(c) - least <= z * panel.difference_error(c, best)]
+    # De-biased estimates may be negative.
+    most = tolerance * abs(least)
+    return [c for c in panel.cells if panel.ca_mse(c) - least <= min(z * panel.difference_error(c, best), most)]
 
 
 def _losses(panel: Panel, best: CellError, ties: list[CellError]) -> list[Loss]:

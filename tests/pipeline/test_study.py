@@ -53,7 +53,7 @@ def test_refusals(words: list[str], sentence: str) -> None:
         (["patch_sizes=[6,7]"], r"patch_sizes must divide the run's image_size=48, got 7"),
         (["dropouts=[0,0.25]"], r"compression\.start_dropout must be one of compression\.dropouts=\[0\.0, 0\.25\]"),
         (["samples=100"], r"samples must be a multiple of sub_batch"),
-        (["budget=1000"], r"budget must buy every run at least 2 steps, got 1000: one step of none-0 costs 1024"),
+        (["budget=500"], r"budget must buy every run at least 2 steps, got 500: one step of none-0 costs 512"),
     ],
 )
 def test_what_a_later_command_would_refuse_is_refused_before_the_first(

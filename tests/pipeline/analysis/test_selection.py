@@ -69,15 +69,25 @@ def test_differences_within_noise_are_ties_and_the_cheapest_of_them_wins(make_ta
     # Columns cost 4, 3, 2, 1. Against the first, the others' difference has standard errors of 0.1, 0.1 and 0.2.
     wobbles = [x / math.sqrt(7) for x in (0, 0.1, 0.1, 0.2)]
     analysis = make_table([[1.0, 1.0 + 0.09 * T_95, 1.0 + 0.11 * T_95, 1.0 + 0.19 * T_95]], wobbles=wobbles)
-    (choice,) = choose(analysis, SelectionConfig())
+    (choice,) = choose(analysis, SelectionConfig(tolerance=math.inf))
     assert (choice.best.patch_size, [c.patch_size for c in choice.ties], chosen([choice])) == (1, [1, 2, 4], [3])
     assert found(analysis, confidence=0.5) == [0]
 
 
+def test_an_interval_that_overlaps_with_everything_is_no_merit(make_table: Make) -> None:
+    # The cheapest is estimated to be three times as bad, and nothing is known for sure of it.
+    analysis = make_table([[1.0, 1.05, 3.0]], wobbles=[0.0, 1.0, 100.0])
+    assert found(analysis, confidence=0.95) == [1]
+    assert found(analysis, confidence=0.95, tolerance=0.04) == [0]
+    assert found(analysis, confidence=0.95, tolerance=math.inf) == [2]
+    # The bound is a share of the best one's, whatever its sign.
+    assert found(make_table([[-1.0, -0.95, 1.0]], wobbles=[0.0, 1.0, 100.0]), confidence=0.95) == [1]
+
+
 def test_the_difference_is_paired(make_table: Make) -> None:
     # Both go up and down together by far more than they differ.
-    assert found(make_table([[1.0, 1.1]], wobbles=[5.0, 5.0]), confidence=0.99) == [0]
-    assert found(make_table([[1.0, 1.1]], wobbles=[5.0, -5.0]), confidence=0.99) == [1]
+    assert found(make_table([[1.0, 1.05]], wobbles=[5.0, 5.0]), confidence=0.99) == [0]
+    assert found(make_table([[1.0, 1.05]], wobbles=[5.0, -5.0]), confidence=0.99) == [1]
 
 
 def test_of_ties_of_equal_cost_the_less_compressed_wins(make_table: Make) -> None:
@@ -148,6 +158,7 @@ def test_the_best_constant_minimizes_the_mean_of_normalized_errors(make_table: M
     [
         ({"confidence": 1.0}, r"selection\.confidence must be in \[0, 1\), got 1; 0 takes the smallest estimate\."),
         ({"confidence": -0.1}, r"selection\.confidence must be in \[0, 1\), got -0\.1"),
+        ({"tolerance": -0.1}, r"selection\.tolerance must be a share of at least 0, got -0\.1; inf leaves it"),
         ({"max_shapes": -1}, r"selection\.max_shapes must not be negative, got -1; 0 is no limit\."),
     ],
 )
