@@ -33,6 +33,8 @@ from pipeline.train import build_schedules
 # At the very end every rate is zero, and a layer with a rate of zero counts as frozen.
 LAST = 1 - 1e-6
 FOLDER = "analysis"
+# What says, beside the run, how a panel was measured.
+MEASURED = ("run", "patch_sizes", "dropouts", "samples", "sub_batch", "budget", "seed")
 # Further from an asked progress than this, a checkpoint is worth a warning.
 NEAR = 0.05
 
@@ -226,11 +228,13 @@ def _report(config: AnalyzeConfig, training: TrainConfig, directory: Path, panel
 
 def _origin(analysis: Analysis) -> list[str]:
     """Return what a schedule says of itself."""
+    settings = analysis.origin["analyze"]
     return [
         f"The cells of the least cost-adjusted gradient error of run {analysis.run} ({analysis.method}, "
         f"{analysis.image_size} pixels in patches of {analysis.patch_size}),",
         f"measured {analysis.origin['date']} on {analysis.samples} samples in sub-batches of {analysis.sub_batch}.",
-        f"Run: coldpress train {' '.join(analysis.origin['train'])}",
+        f"coldpress train {' '.join(analysis.origin['train'])}",
+        f"coldpress analyze {' '.join(f'{name}={settings[name]}'.replace(' ', '') for name in MEASURED)}",
     ]
 
 

@@ -204,7 +204,7 @@ class StudyConfig:
     experiment: str = "tiny_moco"
     seeds: list[int] = field(default_factory=lambda: [0])
     # Units of cost of each run.
-    budget: float = 240e3
+    budget: float = 200e3
     # Of the analysis, as in `coldpress analyze`.
     patch_sizes: list[int] = field(default_factory=list)
     dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75])
@@ -218,7 +218,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < math.inf:
-            raise ValueError(f"budget must be above 0, got {self.budget:g}; 240e3 takes minutes a run on two cores.")
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 200e3 takes minutes a run on two cores.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or several different numbers, got {self.seeds}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -37,7 +38,8 @@ COLUMNS = (
     *(Column(f"knn_{milestone:.0%}", f"k-NN {milestone:.0%}", ".1%") for milestone in (0.0, *MILESTONES)),
     Column("wall_seconds", "wall s", ",.0f"),
     Column("milliseconds_per_unit", "ms/unit", ".3f"),
-    Column("reached", "reached at", ".0%"),
+    Column("reached", "reached: cost", ".0%"),
+    Column("reached_time", "time", ".0%"),
 )
 
 
@@ -51,14 +53,17 @@ def run(config: StudyConfig) -> None:
     check(task, [_trial(config, BASELINE, config.seeds[0], ("compression=none",))])
     _check_grid(config, task)
     output = own_directory(Path(config.output), MARKER)
-    rows = [_row(task, trial, schedule, seed) for schedule, seed, trial in _trials(config, output)]
+    rows = _rows(config, task, output)
+    metrics = {row["run"]: metrics_of(output / row["run"]) for row in rows}
     for row in rows:
         baseline = next(r for r in rows if r["schedule"] == BASELINE and r["seed"] == row["seed"])
         row["reached"] = reached(row, baseline["knn_100%"])
+        whole = seconds_until(metrics[baseline["run"]], 1.0)
+        row["reached_time"] = seconds_until(metrics[row["run"]], row["reached"]) / whole
     report = Report(COLUMNS, rows, [*_notes(rows), *caveats(rows)])
     print(report.table())
     report.write(output / "study.json", "study", asdict(config))
-    study_picture(rows, {row["run"]: metrics_of(output / row["run"]) for row in rows}, output / "study.png")
+    study_picture(rows, metrics, output / "study.png")
     print(f"picture: {output / 'study.png'}")
 
 
@@ -73,6 +78,33 @@ def reached(row: dict[str, Any], accuracy: float) -> float:
             rise = (accuracy - low) / (high - low) if high > low else 0.0
             return before + max(0.0, rise) * (after - before)
     return float("nan")
+
+
+def seconds_until(metrics: list[dict[str, float]], share: float) -> float:
+    """Return the seconds of steps, without start and saves, in which a run spent a share of its budget."""
+    if math.isnan(share):
+        return share
+    seconds = before = 0.0
+    for row in metrics:
+        if "loss" in row:
+            spent = min(row["cost_total"], share * row["budget_total"])
+            seconds += max(0.0, spent - before) / row["cost_per_second"]
+            before = row["cost_total"]
+    return seconds
+
+
+def _rows(config: StudyConfig, task: Task, output: Path) -> list[dict[str, Any]]:
+    """Train and evaluate every run."""
+    rows: list[dict[str, Any]] = []
+    untrained: dict[int, float] = {}
+    for schedule, seed, trial in _trials(config, output):
+        trained = trial.train(task)
+        # The same for all runs of a seed.
+        if seed not in untrained:
+            untrained[seed] = trial.evaluate(task, "init")
+        knn = {"knn_0%": untrained[seed], **_accuracies(task, trial)}
+        rows.append({"run": trial.run, "schedule": schedule, "seed": seed, **trained, **knn})
+    return rows
 
 
 def _trials(config: StudyConfig, output: Path) -> Iterator[tuple[str, int, Trial]]:
@@ -132,19 +164,17 @@ def _trial(config: StudyConfig, schedule: str, seed: int, words: tuple[str, ...]
     return Trial(f"{schedule}-{seed}", config.experiment, (*words, f"seed={seed}", *saves))
 
 
-def _row(task: Task, trial: Trial, schedule: str, seed: int) -> dict[str, Any]:
-    trained = trial.train(task)
-    knn = {"knn_0%": trial.evaluate(task, "init")}
+def _accuracies(task: Task, trial: Trial) -> dict[str, float]:
+    """Return the k-NN accuracy at each milestone of a finished run."""
     saved = checkpoints(Path(task.output) / trial.run / "checkpoints")
-    for milestone in MILESTONES:
-        checkpoint = next(c for c in saved if progress_of(c) >= milestone)
-        knn[f"knn_{milestone:.0%}"] = trial.evaluate(task, str(int(checkpoint.name.rpartition("_")[2])))
-    return {"run": trial.run, "schedule": schedule, "seed": seed, **trained, **knn}
+    reached = [next(c for c in saved if progress_of(c) >= milestone) for milestone in MILESTONES]
+    steps = [str(int(checkpoint.name.rpartition("_")[2])) for checkpoint in reached]
+    return {f"knn_{m:.0%}": trial.evaluate(task, step) for m, step in zip(MILESTONES, steps, strict=True)}
 
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     """Say how the ways of compressing compare, with the spread over seeds where there are several."""
-    notes = ["`reached at`: the share of the budget at which the uncompressed run's final k-NN was reached."]
+    notes = ["`reached`: the shares of the uncompressed run's cost and time at which its final k-NN was reached."]
     seeds = len({row["seed"] for row in rows})
     for schedule in SCHEDULES if seeds > 1 else ():
         knn = [row["knn_100%"] for row in rows if row["schedule"] == schedule]

@@ -46,7 +46,7 @@ class SelectionConfig:
             )
         if not self.tolerance >= 0:
             raise ValueError(
-                f"selection.tolerance must be a share of at least 0, got {self.tolerance:g}; inf leaves it to confidence."
+                f"selection.tolerance must be a share of at least 0, got {self.tolerance:g}; 0.1 is usual."
             )
         if self.max_shapes < 0:
             raise ValueError(f"selection.max_shapes must not be negative, got {self.max_shapes}; 0 is no limit.")

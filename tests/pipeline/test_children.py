@@ -11,7 +11,8 @@ import pytest
 PARENT = """
 import subprocess, sys
 from pipeline import children
-children.start = lambda *words: subprocess.Popen([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+children.start = lambda *words: subprocess.Popen([sys.executable, "-c", SLEEP])
 children.coldpress("train")
 """
 

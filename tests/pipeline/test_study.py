@@ -9,7 +9,7 @@ import pytest
 from pipeline import study
 from pipeline.children import coldpress
 from pipeline.compose import load
-from pipeline.study import reached, run
+from pipeline.study import reached, run, seconds_until
 
 
 def row(*accuracies: float) -> dict[str, float]:
@@ -32,6 +32,18 @@ def test_where_an_accuracy_is_first_reached(accuracies: tuple[float, ...], share
 
 def test_what_was_never_reached_is_no_number() -> None:
     assert math.isnan(reached(row(0.1, 0.2, 0.25, 0.29, 0.28), 0.3))
+
+
+def test_time_is_that_of_steps_and_stops_within_a_log_interval() -> None:
+    def logged(cost: float, rate: float) -> dict[str, float]:
+        return {"loss": 1.0, "cost_total": cost, "budget_total": 100.0, "cost_per_second": rate}
+
+    # 40 units at 10 a second, then 70 at 20, the last 10 of them beyond the budget; an evaluation in between.
+    metrics = [logged(40, 10), {"knn": 0.5}, logged(110, 20)]
+    assert seconds_until(metrics, 0.2) == pytest.approx(2.0)
+    assert seconds_until(metrics, 0.5) == pytest.approx(4.5)
+    assert seconds_until(metrics, 1.0) == pytest.approx(7.0)
+    assert math.isnan(seconds_until(metrics, math.nan))
 
 
 @pytest.mark.parametrize(
