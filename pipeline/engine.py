@@ -37,7 +37,6 @@ torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, fragment_ad
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 CLIENT_KEY = "coldpress"
-# torch's names of what a forward changes in batch norm.
 
 
 class Precision(Enum):
