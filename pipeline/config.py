@@ -201,7 +201,8 @@ class StudyConfig:
     # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
     val: str = ""
     output: str = "runs/study"
-    experiment: str = "tiny_moco"
+    # The experiment that all runs start from.
+    baseline: str = "tiny_moco"
     seeds: list[int] = field(default_factory=lambda: [0])
     # Units of cost of each run.
     budget: float = 200e3

@@ -161,7 +161,7 @@ def _trial(config: StudyConfig, schedule: str, seed: int, words: tuple[str, ...]
         f"checkpoint.every_steps={NEVER}",
         f"checkpoint.every_minutes={NEVER}",
     )
-    return Trial(f"{schedule}-{seed}", config.experiment, (*words, f"seed={seed}", *saves))
+    return Trial(f"{schedule}-{seed}", config.baseline, (*words, f"seed={seed}", *saves))
 
 
 def _accuracies(task: Task, trial: Trial) -> dict[str, float]:
