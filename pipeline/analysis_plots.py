@@ -48,7 +48,7 @@ def draw(analysis: Analysis, choices: Sequence[Choice], confidence: float, direc
     figures = {
         "cost": cost_grid(analysis),
         "error": error_grids(analysis, choices),
-        "path": path_through_grid(analysis, choices, confidence),
+        "path": path_through_grid(analysis, choices),
         "progress": curves(analysis, choices, confidence),
     }
     return [path for name, figure in figures.items() for path in _save(figure, directory / name)]
@@ -86,15 +86,14 @@ def error_grids(analysis: Analysis, choices: Sequence[Choice]) -> Figure:
     return figure
 
 
-def path_through_grid(analysis: Analysis, choices: Sequence[Choice], confidence: float) -> Figure:
+def path_through_grid(analysis: Analysis, choices: Sequence[Choice]) -> Figure:
     """Return the chosen patch size, dropout and cost over progress, with what else would have been right."""
     sizes, dropouts = _sizes(analysis.panels[0])
     figure = Figure(figsize=(7.5, 7), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
-    tied = f"ties with it ({_percent(confidence)} confidence)"
-    _path(axes[0], choices, lambda cell: sizes.index(cell.patch_size), "patch size (pixels)", tied)
-    _path(axes[1], choices, lambda cell: dropouts.index(cell.dropout), "dropout of query tokens", tied)
-    _path(axes[2], choices, lambda cell: cell.cost, "cost of a sample\n(forwards of the reference)", tied)
+    _path(axes[0], choices, lambda cell: sizes.index(cell.patch_size), "patch size (pixels)")
+    _path(axes[1], choices, lambda cell: dropouts.index(cell.dropout), "dropout of query tokens")
+    _path(axes[2], choices, lambda cell: cell.cost, "cost of a sample\n(forwards of the reference)")
     for axis, names in ((axes[0], sizes), (axes[1], dropouts)):
         axis.set_yticks(range(len(names)), [f"{name:g}" for name in names])
         axis.set_ylim(-0.5, len(names) - 0.5)
@@ -189,7 +188,7 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:#.2g}"
 
 
-def _path(axis: Axes, choices: Sequence[Choice], value: Callable[[CellError], float], label: str, tied: str) -> None:
+def _path(axis: Axes, choices: Sequence[Choice], value: Callable[[CellError], float], label: str) -> None:
     def dots(pairs: list[tuple[float, float]], **style: object) -> None:
         axis.plot(*zip(*sorted(set(pairs)), strict=True), linestyle="none", clip_on=False, **style)  # type: ignore[arg-type]
 
@@ -202,7 +201,7 @@ def _path(axis: Axes, choices: Sequence[Choice], value: Callable[[CellError], fl
     best = [at(choice, choice.best) for choice in choices]
     dots(best, marker="o", fillstyle="none", color="black", markersize=11, zorder=4, label="smallest CA-MSE")
     ties = [at(choice, cell) for choice in choices for cell in choice.ties]
-    dots(ties, marker="o", color=LIGHT, markeredgecolor="white", markersize=7, label=tied)
+    dots(ties, marker="o", color=LIGHT, markeredgecolor="white", markersize=7, label="ties with it")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
 

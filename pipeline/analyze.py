@@ -33,8 +33,8 @@ from pipeline.train import build_schedules
 # At the very end every rate is zero, and a layer with a rate of zero counts as frozen.
 LAST = 1 - 1e-6
 FOLDER = "analysis"
-# What says, beside the run, how a panel was measured.
-MEASURED = ("run", "patch_sizes", "dropouts", "samples", "sub_batch", "budget", "seed")
+# What does not change a schedule: where files lie and how many passes are taken.
+INCIDENTAL = {"runs", "shards", "cells_at_once"}
 # Further from an asked progress than this, a checkpoint is worth a warning.
 NEAR = 0.05
 
@@ -228,13 +228,14 @@ def _report(config: AnalyzeConfig, training: TrainConfig, directory: Path, panel
 
 def _origin(analysis: Analysis) -> list[str]:
     """Return what a schedule says of itself."""
-    settings = analysis.origin["analyze"]
+    settings = {key: value for key, value in analysis.origin["analyze"].items() if key not in INCIDENTAL}
+    settings |= {f"selection.{key}": value for key, value in settings.pop("selection").items()}
     return [
         f"The cells of the least cost-adjusted gradient error of run {analysis.run} ({analysis.method}, "
         f"{analysis.image_size} pixels in patches of {analysis.patch_size}),",
         f"measured {analysis.origin['date']} on {analysis.samples} samples in sub-batches of {analysis.sub_batch}.",
         f"coldpress train {' '.join(analysis.origin['train'])}",
-        f"coldpress analyze {' '.join(f'{name}={settings[name]}'.replace(' ', '') for name in MEASURED)}",
+        f"coldpress analyze {' '.join(f'{key}={value}'.replace(' ', '') for key, value in settings.items())}",
     ]
 
 

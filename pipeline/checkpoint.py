@@ -164,6 +164,11 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"{PREFIX}*"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
 def progress_of(checkpoint: Path) -> float:
     """Return the share of its run's budget that was spent when a checkpoint was saved, 0 if it does not tell."""
     try:

@@ -8,11 +8,37 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def running(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a coldpress command that does not outlive this process's being told to stop, by SIGTERM or Ctrl-C.
+
+    Raises:
+        SystemExit: SIGTERM came; the command was sent one, and has ended.
+    """
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        process = start(*words)
+        try:
+            yield process
+        except KeyboardInterrupt:
+            # The command was sent one as well, and may be saving.
+            process.wait()
+            raise
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(*words: str) -> subprocess.Popen[bytes]:
@@ -22,27 +48,14 @@ def start(*words: str) -> subprocess.Popen[bytes]:
 
 
 def coldpress(*words: str) -> None:
-    """Run a coldpress command to its end; SIGTERM ends it, too.
+    """Run a coldpress command to its end.
 
     Raises:
         ValueError: it failed.
-        SystemExit: this process was asked to stop, and the command has.
     """
-    before = signal.signal(signal.SIGTERM, _leave)
-    process = start(*words)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # Ctrl-C reached the command as well, which may be saving.
-        process.wait()
-        raise
-    except SystemExit:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if code:
+    with running(*words) as process:
+        failed = process.wait() != 0
+    if failed:
         raise ValueError(f"`coldpress {words[0]}` failed; its own message stands above.")
 
 

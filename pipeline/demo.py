@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.drawn import draw_image_folder
 from data.manifest import Manifest
-from pipeline.children import best_knn, coldpress, metrics_of, own_directory, start
+from pipeline.children import best_knn, coldpress, metrics_of, own_directory, running
 from pipeline.config import DemoConfig
 from pipeline.plots import training_picture
 from pipeline.preemption import EXIT_STOPPED
@@ -80,12 +80,13 @@ def prepare(place: Place, images: str) -> tuple[Path, Path | None]:
 def pretrain(place: Place, shards: Path) -> float:
     """Train, take the node away in the middle, train on; return the seconds that both lives took."""
     begin = time.monotonic()
-    process = start("train", *arguments(place, shards))
-    while process.poll() is None and steps_done(place) < STOP_AFTER:
-        time.sleep(0.2)
-    log.info("--- stopping the run as Slurm would, with SIGTERM")
-    process.send_signal(signal.SIGTERM)
-    if process.wait() not in (0, EXIT_STOPPED):
+    with running("train", *arguments(place, shards)) as process:
+        while process.poll() is None and steps_done(place) < STOP_AFTER:
+            time.sleep(0.2)
+        log.info("--- stopping the run as Slurm would, with SIGTERM")
+        process.send_signal(signal.SIGTERM)
+        code = process.wait()
+    if code not in (0, EXIT_STOPPED):
         raise ValueError(f"demo: training failed; see {place.run / 'train.log'}.")
     log.info("--- and the same command again")
     coldpress("train", *arguments(place, shards))

@@ -12,7 +12,7 @@ import numpy as np
 from data.loader import LoaderConfig
 from data.manifest import Manifest
 from pipeline import distributed
-from pipeline.checkpoint import PREFIX, find_damage, newest_valid
+from pipeline.checkpoint import PREFIX, checkpoints, find_damage, newest_valid, step_of
 from pipeline.compose import load
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.distributed import World
@@ -105,7 +105,7 @@ def _find(config: EvaluateConfig, directory: Path) -> Path:
     chosen = directory / f"{PREFIX}{int(config.checkpoint):08d}"
     damage = find_damage(chosen) if chosen.exists() else "there is none"
     if damage:
-        there = ", ".join(str(int(p.name.removeprefix(PREFIX))) for p in sorted(directory.glob(f"{PREFIX}*")))
+        there = ", ".join(str(step_of(checkpoint)) for checkpoint in checkpoints(directory))
         raise ValueError(
             f"checkpoint: step {config.checkpoint} is not usable ({damage}); steps there: {there or 'none'}."
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipeline.checkpoint import TrainState
 from pipeline.engine import Engine, StepResult
@@ -67,9 +69,12 @@ class Meter:
         self.totals["tuning_cost_total"] += tuned.cost
         self.totals["tuning_moves_total"] += tuned.moved
 
-    def pause(self, seconds: float) -> None:
-        """Leave seconds that were not training (a probe, a save) out of the next report's rates."""
-        self._paused += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is not training (a probe, a save) out of the next report's rates."""
+        begin = time.monotonic()
+        yield
+        self._paused += time.monotonic() - begin
 
     def report(self, state: TrainState, plan: StepPlan, engine: Engine, loss: float) -> dict[str, float]:
         """Return every metric of the training itself; `loss` is the mean over processes."""

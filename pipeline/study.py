@@ -14,7 +14,7 @@ from pipeline.analysis.measure import grid as cells
 from pipeline.analysis.results import read
 from pipeline.analysis.selection import best_constant
 from pipeline.benchmarks.report import Column, Report
-from pipeline.checkpoint import checkpoints, progress_of
+from pipeline.checkpoint import checkpoints, progress_of, step_of
 from pipeline.children import coldpress, metrics_of, own_directory
 from pipeline.compose import load
 from pipeline.compression import Adaptive
@@ -58,8 +58,8 @@ def run(config: StudyConfig) -> None:
     for row in rows:
         baseline = next(r for r in rows if r["schedule"] == BASELINE and r["seed"] == row["seed"])
         row["reached"] = reached(row, baseline["knn_100%"])
-        whole = seconds_until(metrics[baseline["run"]], 1.0)
-        row["reached_time"] = seconds_until(metrics[row["run"]], row["reached"]) / whole
+        seconds = seconds_until(metrics[row["run"]], row["reached"])
+        row["reached_time"] = seconds / seconds_until(metrics[baseline["run"]], 1.0)
     report = Report(COLUMNS, rows, [*_notes(rows), *caveats(rows)])
     print(report.table())
     report.write(output / "study.json", "study", asdict(config))
@@ -167,9 +167,8 @@ def _trial(config: StudyConfig, schedule: str, seed: int, words: tuple[str, ...]
 def _accuracies(task: Task, trial: Trial) -> dict[str, float]:
     """Return the k-NN accuracy at each milestone of a finished run."""
     saved = checkpoints(Path(task.output) / trial.run / "checkpoints")
-    reached = [next(c for c in saved if progress_of(c) >= milestone) for milestone in MILESTONES]
-    steps = [str(int(checkpoint.name.rpartition("_")[2])) for checkpoint in reached]
-    return {f"knn_{m:.0%}": trial.evaluate(task, step) for m, step in zip(MILESTONES, steps, strict=True)}
+    steps = {m: step_of(next(c for c in saved if progress_of(c) >= m)) for m in MILESTONES}
+    return {f"knn_{m:.0%}": trial.evaluate(task, str(step)) for m, step in steps.items()}
 
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:

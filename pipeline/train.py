@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +16,7 @@ from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
-from pipeline.engine import Engine
+from pipeline.engine import Engine, StepResult
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
@@ -101,10 +100,7 @@ def train(
         finished = progress >= 1
 
         if state.step % config.log_every == 0 or finished:
-            loss = float(distributed.mean_over_ranks(result.loss))
-            metrics = meter.report(state, plan, parts.engine, loss)
-            metrics |= {"bad_samples_total": distributed.sum_over_ranks(parts.loader.bad_samples)}
-            sinks.write(state.step, metrics | {name: float(value) for name, value in result.metrics.items()})
+            sinks.write(state.step, _metrics(parts, meter, state, plan, result))
 
         probing, saving, stopping = distributed.any_rank(
             world.is_main and parts.probe.due(meter.elapsed, meter.seconds_per_sample),
@@ -112,15 +108,12 @@ def train(
             stop.requested,
         )
         if probing:
-            begin = time.monotonic()
-            sinks.write(
-                state.step, {"knn_top1_ratio": parts.probe.run(parts.method.representation, world, meter.elapsed)}
-            )
-            meter.pause(time.monotonic() - begin)
+            with meter.paused():
+                accuracy = parts.probe.run(parts.method.representation, world, meter.elapsed)
+                sinks.write(state.step, {"knn_top1_ratio": accuracy})
         if saving or stopping or finished:
-            begin = time.monotonic()
-            sinks.write(state.step, parts.checkpointer.save(parts.engine, state, progress))
-            meter.pause(time.monotonic() - begin)
+            with meter.paused():
+                sinks.write(state.step, parts.checkpointer.save(parts.engine, state, progress))
             _say(directory, "finished" if finished else "running", state)
         if stopping and not finished:
             break
@@ -129,6 +122,14 @@ def train(
     _say(directory, "finished" if finished else "stopped", state)
     log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
     return 0 if finished else stop.exit_code
+
+
+def _metrics(parts: Parts, meter: Meter, state: TrainState, plan: StepPlan, result: StepResult) -> dict[str, float]:
+    """Return everything that is worth logging of a step. Every process must call this."""
+    loss = float(distributed.mean_over_ranks(result.loss))
+    metrics = meter.report(state, plan, parts.engine, loss)
+    metrics |= {"bad_samples_total": distributed.sum_over_ranks(parts.loader.bad_samples)}
+    return metrics | {name: float(value) for name, value in result.metrics.items()}
 
 
 def build(config: TrainConfig, world: World) -> Parts:

@@ -28,7 +28,7 @@ def figures(analysis: Analysis, choices: list[Choice]) -> dict[str, Figure]:
     return {
         "cost": cost_grid(analysis),
         "error": error_grids(analysis, choices),
-        "path": path_through_grid(analysis, choices, 0.95),
+        "path": path_through_grid(analysis, choices),
         "progress": curves(analysis, choices, 0.95),
     }
 

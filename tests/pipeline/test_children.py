@@ -7,12 +7,23 @@ import sys
 
 import pytest
 
-# A command that says its process id and sleeps, in the place of a training.
-PARENT = """
-import subprocess, sys
+# In the place of a training: says its process id, and takes longer to leave than Popen waits by itself.
+SLOW = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(1.5)
+    sys.exit()
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import signal, subprocess, sys
 from pipeline import children
-SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-children.start = lambda *words: subprocess.Popen([sys.executable, "-c", SLEEP])
+# Where tests run in the background it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+children.start = lambda *words: subprocess.Popen([sys.executable, "-c", {SLOW!r}])
 children.coldpress("train")
 """
 

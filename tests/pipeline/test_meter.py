@@ -85,8 +85,9 @@ def test_rates_are_since_the_last_report_and_leave_pauses_out(
         clock.now += seconds
         return meter.report(TrainState(step=done), plan, engine, loss=1.0)  # type: ignore[arg-type]
 
-    meter.pause(4.0)
-    first = report(10.0, steps=2, data_wait=1.5, done=7)
+    with meter.paused():
+        clock.now += 4.0
+    first = report(6.0, steps=2, data_wait=1.5, done=7)
     assert first["samples_per_second"] == pytest.approx(2 * 8 / 6)
     assert first["tokens_per_second"] == pytest.approx(2 * 8 * 34 / 6)
     assert first["cost_per_second"] == pytest.approx(2 * 8 * 4 / 6)
