@@ -44,6 +44,21 @@ def initialize_as_dino(vit: ViT) -> None:
     vit.patch.reset_parameters()
 
 
+def initialize_as_localmim(vit: ViT) -> None:
+    """Initialize a backbone in place as Wang et al., 2023 do, which is as He et al., 2022.
+
+    Xavier-uniform linear layers and patch projection, zero biases but for the projection's, a class token of standard
+    deviation 0.02.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(vit.class_token, std=0.02)
+    nn.init.xavier_uniform_(vit.patch.weight.flatten(1))
+
+
 def _uniform(weight: Tensor, fans: int) -> None:
     bound = math.sqrt(6 / fans)
     nn.init.uniform_(weight, -bound, bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,23 +84,48 @@ class ViT(nn.Module):
         Raises:
             ValueError: the patch size does not divide S.
         """
+        last = len(self.blocks)
+        tokens = self.tapped(images, compression, index, [last], stream, frozen_layers, stochastic)[last]
+        features: Tensor = self.norm(tokens[:, 0])
+        return features
+
+    def tapped(
+        self,
+        images: Tensor,
+        compression: Compression,
+        index: Tensor,
+        blocks: Sequence[int],
+        stream: int | Tensor = 0,
+        frozen_layers: int = 0,
+        stochastic: bool = False,
+    ) -> dict[int, Tensor]:
+        """Return the tokens [B, 1 + kept, D] after some blocks, counted from 1; what else goes in is as in `forward`."""
         scales: list[Tensor | None] = [None] * len(self.blocks)
         if stochastic and self.config.stochastic_depth:
             scales = [*residual_scales(index, self.config.stochastic_depth, len(self.blocks), self.seed, stream)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers == 0):
             tokens = self.embed(images, compression, index, stream)
+        found = {}
         for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True), start=1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers <= i):
                 tokens = self.run_block(block, tokens, scale)
-        features: Tensor = self.norm(tokens[:, 0])
-        return features
+            if i in blocks:
+                found[i] = tokens
+        return found
+
+    def chosen(
+        self, index: Tensor, compression: Compression, image_size: int, stream: int | Tensor = 0
+    ) -> Tensor | None:
+        """Return which patches [B, kept] of the samples enter the blocks, in rising order; None for all."""
+        count = compression.num_patches(image_size, self.config.patch_size)
+        keep = compression.keep(count)
+        return random_subset(index, count, keep, self.seed, stream) if keep < count else None
 
     def embed(self, images: Tensor, compression: Compression, index: Tensor, stream: int | Tensor) -> Tensor:
         """Return the blocks' input [B, 1 + kept, D]. Dropped tokens are never projected."""
         size = compression.patch_size(self.config.patch_size)
         count = compression.num_patches(images.shape[-1], self.config.patch_size)
-        keep = compression.keep(count)
-        chosen = random_subset(index, count, keep, self.seed, stream) if keep < count else None
+        chosen = self.chosen(index, compression, images.shape[-1], stream)
         kernel = resize_kernel(self.patch.weight, size).flatten(1)
         patches = take_patches(images, size, chosen).to(kernel.dtype)
         tokens = F.linear(patches, kernel, self.patch.bias)

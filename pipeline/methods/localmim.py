@@ -1,0 +1,218 @@
+"""LocalMIM: masked image modeling where lower blocks, too, have a target of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.recipes import localmim_views
+from data.views import ViewSpec
+from pipeline.compression import Compression, TokenDropout
+from pipeline.methods.base import Batch, Forward, Method, StepOutput
+from pipeline.methods.indicators import spread
+from pipeline.models.decoders import PatchDecoder
+from pipeline.models.hog import COLORS, hog_targets
+from pipeline.models.initialization import initialize_as_localmim
+from pipeline.models.vit import ViT
+from pipeline.schedules import StepPlan
+
+
+class DecoderRates(Enum):
+    """Whose learning rate a decoder has while layers freeze."""
+
+    # That of the block it is attached to, as in the published code of ViTFreeze.
+    tapped = "tapped"
+    # The global one, as its paper says.
+    heads = "global"
+
+
+@dataclass
+class LocalMIMConfig:
+    """LocalMIM with HOG targets (Wang et al., 2023); defaults are those of its ViT-B."""
+
+    mask: float = 0.75
+    # After which blocks, counted from 1, a decoder is attached ...
+    taps: list[int] = field(default_factory=lambda: [2, 4, 10, 12])
+    # ... and what it predicts: 2^doublings cells along the side of a patch.
+    doublings: list[int] = field(default_factory=lambda: [2, 1, 0, -1])
+    bins: int = 9
+    decoder_dim: int = 256
+    decoder_heads: int = 8
+    decoder_rates: DecoderRates = DecoderRates.tapped
+    crop_min: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask < 1:
+            raise ValueError(f"method.mask must be a share of the patches in (0, 1), got {self.mask:g}; 0.75 is usual.")
+        if not self.taps or len(self.taps) != len(self.doublings):
+            raise ValueError(
+                f"method.taps and method.doublings must be of one length, got {self.taps} and {self.doublings}."
+            )
+        if self.taps != sorted(set(self.taps)) or self.taps[0] < 1:
+            raise ValueError(f"method.taps must be rising numbers of blocks from 1 on, got {self.taps}.")
+        if self.doublings != sorted(set(self.doublings), reverse=True):
+            raise ValueError(f"method.doublings must fall: higher blocks predict coarser cells; got {self.doublings}.")
+        if self.bins < 2:
+            raise ValueError(f"method.bins must be at least 2, got {self.bins}; 9 is usual.")
+        if self.decoder_dim < 1 or self.decoder_heads < 1 or self.decoder_dim % (4 * self.decoder_heads):
+            raise ValueError(
+                "method.decoder_dim must be a multiple of 4 * method.decoder_heads, "
+                f"got {self.decoder_dim} and {self.decoder_heads}."
+            )
+        if not 0 < self.crop_min <= 1:
+            raise ValueError(f"method.crop_min must be a share of the image in (0, 1], got {self.crop_min:g}.")
+
+
+class Tap(nn.Module):
+    """A norm and a decoder behind a block, and the size in pixels of the cells that it predicts."""
+
+    def __init__(self, block: int, norm: nn.Module, decoder: PatchDecoder, cell: int) -> None:
+        super().__init__()
+        self.block, self.cell = block, cell
+        self.norm, self.decoder = norm, decoder
+
+
+class LocalMIM(Method):
+    """Predict histograms of gradients of masked patches from several depths of the encoder, each at its own scale.
+
+    A tap whose block is frozen is left out with its norm, decoder, target and term of the loss.
+    """
+
+    def __init__(self, config: LocalMIMConfig, encoder: ViT) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        _check(config, encoder)
+        if not encoder.config.weights:
+            initialize_as_localmim(encoder)
+        self.taps = nn.ModuleList(
+            self._tap(block, doublings) for block, doublings in zip(config.taps, config.doublings, strict=True)
+        )
+
+    def views(self) -> Sequence[ViewSpec]:
+        """Return one view: crop and flip."""
+        return localmim_views(self.encoder.config.image_size, self.config.crop_min)
+
+    def forward(self, batch: Batch, plan: StepPlan) -> StepOutput:
+        """Return the sum of the scales' losses."""
+        (images,) = batch.views
+        vit, masking = self.encoder.config, self._masking()
+        taps = self.active(plan)
+        tokens = self.encoder.tapped(
+            images, masking, batch.index, [tap.block for tap in taps], frozen_layers=plan.frozen_layers, stochastic=True
+        )
+        visible = self.encoder.chosen(batch.index, masking, images.shape[-1])
+        assert visible is not None
+        masked = _mask(visible, vit.grid**2)
+        losses = {}
+        targets = self._targets(images, taps)
+        for tap in taps:
+            predicted = tap.decoder(tap.norm(tokens[tap.block]), visible, vit.grid, vit.grid)
+            losses[f"loss_block{tap.block}"] = masked_error(predicted, targets[tap.cell], masked, vit.grid)
+        metrics = {name: loss.detach() for name, loss in losses.items()}
+        return StepOutput(torch.stack([*losses.values()]).sum(), metrics | spread(tokens[taps[-1].block][:, 0]))
+
+    def active(self, plan: StepPlan) -> list[Tap]:
+        """Return the taps whose blocks still learn."""
+        return [tap for tap in self.taps if isinstance(tap, Tap) and tap.block >= plan.frozen_layers]
+
+    def forwards(self, plan: StepPlan) -> Sequence[Forward]:
+        """Return the one pass of the visible patches."""
+        return [Forward(self.encoder.config.image_size, self._masking(), True)]
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Return the encoder's layers, each with the norm and decoder behind it if they share its rate."""
+        layers = self.encoder.layers()
+        if self.config.decoder_rates is DecoderRates.tapped:
+            for tap in self.taps:
+                assert isinstance(tap, Tap)
+                layers[tap.block] += tap.parameters()
+        return layers
+
+    def sample_cost(self, plan: StepPlan) -> float:
+        """Return the encoder's cost and that of the decoders, whose weights are held against the encoder's."""
+        return super().sample_cost(plan) + 3 * self._decoders_cost(plan)
+
+    def nominal_sample_cost(self, plan: StepPlan) -> float:
+        """Return the same, with the encoder's as by the formula of Lin et al., 2024."""
+        return super().nominal_sample_cost(plan) + 3 * self._decoders_cost(plan)
+
+    def _decoders_cost(self, plan: StepPlan) -> float:
+        """Return a forward of the decoders, in forwards of the reference sequence through the encoder."""
+        vit = self.encoder.config
+        visible = self._masking().keep(vit.grid**2)
+        decoders = sum(tap.decoder.weights_per_image(visible, vit.grid) for tap in self.active(plan))
+        per_token = sum(p.numel() for block in self.encoder.blocks for p in block.parameters() if p.dim() == 2)
+        return decoders / (vit.reference_length * per_token)
+
+    def _masking(self) -> Compression:
+        # A masked patch is a dropped token: never projected, chosen by the sample's own number.
+        return Compression((TokenDropout(self.config.mask),))
+
+    def _tap(self, block: int, doublings: int) -> Tap:
+        config, vit = self.config, self.encoder
+        # The encoder's last norm, which evaluation uses, is the one behind the last block.
+        norm = vit.norm if block == len(vit.blocks) else nn.LayerNorm(vit.embed_dim, eps=1e-6)
+        decoder = PatchDecoder(
+            vit.embed_dim, config.decoder_dim, config.decoder_heads, doublings, COLORS * config.bins
+        )
+        return Tap(block, norm, decoder, _cell(vit.config.patch_size, doublings))
+
+    def _targets(self, images: Tensor, taps: Sequence[Tap]) -> dict[int, Tensor]:
+        cells = [tap.cell for tap in taps]
+        with torch.no_grad():
+            return dict(zip(cells, hog_targets(images, cells, self.config.bins), strict=True))
+
+
+def masked_error(predicted: Tensor, target: Tensor, masked: Tensor, grid: int) -> Tensor:
+    """Return the mean squared error [] of predictions [B, cells, C] over the masked part of the image.
+
+    `masked` [B, grid^2] is 1 for a masked patch. A cell of several patches counts by its masked share. Every image
+    has as many masked patches, so means over processes are means over the global batch.
+    """
+    error = (predicted.to(target.dtype) - target).square().mean(2)
+    side = round(error.shape[1] ** 0.5)
+    weight = _resample(masked.to(target.dtype).unflatten(1, (grid, grid)), side).flatten(1)
+    return (error * weight).sum() / weight.sum()
+
+
+def _resample(mask: Tensor, side: int) -> Tensor:
+    """Return a mask [B, grid, grid] as [B, side, side]: repeated for smaller cells, averaged for larger ones."""
+    grid = mask.shape[-1]
+    if side < grid:
+        return F.avg_pool2d(mask[:, None], grid // side)[:, 0]
+    return mask.repeat_interleave(side // grid, 1).repeat_interleave(side // grid, 2)
+
+
+def _mask(visible: Tensor, count: int) -> Tensor:
+    """Return [B, count]: 0 for the visible patches [B, V], 1 for all others."""
+    return torch.ones(len(visible), count, device=visible.device).scatter(1, visible, 0.0)
+
+
+def _cell(patch_size: int, doublings: int) -> int:
+    return patch_size >> doublings if doublings >= 0 else patch_size << -doublings
+
+
+def _check(config: LocalMIMConfig, encoder: ViT) -> None:
+    vit, depth = encoder.config, len(encoder.blocks)
+    if config.taps[-1] != depth:
+        raise ValueError(
+            f"method.taps must end with the last of {depth} blocks, which evaluation reads, got {config.taps}; "
+            f"say for instance method.taps=[{depth}] method.doublings=[0]."
+        )
+    finest, coarsest = config.doublings[0], config.doublings[-1]
+    if finest > 0 and vit.patch_size % 2**finest:
+        raise ValueError(
+            f"method.doublings: patches of {vit.patch_size} pixels cannot be halved {finest} times; "
+            "take fewer doublings or another model.patch_size."
+        )
+    if coarsest < 0 and vit.grid % 2**-coarsest:
+        raise ValueError(
+            f"method.doublings: a grid of {vit.grid} patches cannot be halved {-coarsest} times; "
+            "take fewer halvings or another model.image_size."
+        )
