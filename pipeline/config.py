@@ -17,7 +17,7 @@ from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoComp
 from pipeline.compression.base import check_divides
 from pipeline.engine import EngineConfig
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
-from pipeline.methods import DINOConfig, MoCoConfig, SimCLRConfig
+from pipeline.methods import DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
@@ -273,7 +273,7 @@ def _check_support(support: int) -> None:
 
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.
 GROUPS: dict[str, dict[str, type[Any]]] = {
-    "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig},
+    "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig, "localmim": LocalMIMConfig},
     "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
 }

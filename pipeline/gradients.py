@@ -1,4 +1,4 @@
-"""Norms of the reduced gradient under ZeRO stage 1: of each tensor, to clip it, and of each group, to look at."""
+"""Norms of the reduced gradient: of each tensor, to clip it, and of each group, to look at."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor
 class TensorNorms:
     """The gradient norm of every tensor of DeepSpeed's optimizer, equal on all processes.
 
-    Measure and clip between backward and step, when gradients are averaged over the processes. In fp32 each
-    process holds the pieces in its own partition, which may cut a tensor; in bf16 each holds the whole. Nothing
-    here waits for the device.
+    Measure and clip between backward and step, when gradients are averaged over the processes. At ZeRO stages 1 and 2
+    each process holds the pieces in its own partition, which may cut a tensor; at stage 0, and at stage 1 in bf16,
+    each holds the whole. Nothing here waits for the device.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._whole = hasattr(optimizer, "fp32_groups_gradients")
-        groups = optimizer.bf16_groups if self._whole else optimizer.bit16_groups
+        groups = _groups(optimizer)
+        self._partitioned = hasattr(optimizer, "params_in_partition")
         self._names = [
             group["name"] for group, members in zip(optimizer.param_groups, groups, strict=True) for _ in members
         ]
-        number = {id(p): i for i, p in enumerate(p for members in groups for p in members)}
-        mine = groups if self._whole else optimizer.params_in_partition
-        numbers = [number[id(p)] for members in mine for p in members]
-        # Which tensor a piece belongs to.
-        self._tensor_of = torch.tensor(numbers, device=groups[0][0].device)
+        self._number = {id(p): i for i, p in enumerate(p for members in groups for p in members)}
+        self._members = [p for members in groups for p in members]
         self.squares = torch.zeros(len(self._names), device=groups[0][0].device)
 
     @torch.no_grad()
     def measure(self) -> None:
         """Set `squares`, fp32 [tensors], to the squared norms before any clipping."""
         self.squares.zero_()
-        self.squares[self._tensor_of] = torch.stack(torch._foreach_norm(self._pieces())).square()
-        if not self._whole and dist.get_world_size() > 1:
+        numbers, pieces = self._pieces()
+        if pieces:
+            norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
+            self.squares[numbers] = torch.stack(norms).square()
+        if self._partitioned and dist.get_world_size() > 1:
             dist.all_reduce(self.squares)
 
     @torch.no_grad()
@@ -48,7 +48,9 @@ class TensorNorms:
         norms = self.squares.sqrt()
         # The small number is that of torch.nn.utils.clip_grad_norm_.
         scales = (limit / (norms + 1e-6)).clamp(max=1).where(norms.isfinite(), torch.nan)
-        torch._foreach_mul_(self._pieces(), list(scales[self._tensor_of].unbind()))
+        numbers, pieces = self._pieces()
+        if pieces:
+            torch._foreach_mul_(pieces, [scale.to(p.dtype) for scale, p in zip(scales[numbers], pieces, strict=True)])
 
     def total(self) -> float:
         """Return the global norm as measured."""
@@ -61,12 +63,27 @@ class TensorNorms:
             sums[name] += square
         return {name: total**0.5 for name, total in sums.items()}
 
-    def _pieces(self) -> list[Tensor]:
-        if self._whole:
-            return [gradient for group in self._optimizer.fp32_groups_gradients for gradient in group]
-        # A partition that its tensors do not fill ends in padding, which belongs to none.
-        return [
-            piece
-            for group, members in enumerate(self._optimizer.params_in_partition)
-            for _, piece in zip(members, self._optimizer.averaged_gradients[group], strict=False)
-        ]
+    def _pieces(self) -> tuple[list[int], list[Tensor]]:
+        """Return this process's pieces of gradients, and the number of the tensor that each belongs to."""
+        optimizer = self._optimizer
+        if self._partitioned:
+            # A partition that its tensors do not fill ends in padding, which belongs to none.
+            pairs = [
+                (self._number[id(p)], piece)
+                for group, members in enumerate(optimizer.params_in_partition)
+                for p, piece in zip(members, optimizer.averaged_gradients[group], strict=False)
+            ]
+        elif hasattr(optimizer, "fp32_groups_gradients"):
+            pairs = list(enumerate(each for group in optimizer.fp32_groups_gradients for each in group))
+        else:
+            pairs = [(i, p.grad) for i, p in enumerate(self._members) if p.grad is not None]
+        return [number for number, _ in pairs], [piece for _, piece in pairs]
+
+
+def _groups(optimizer: Any) -> list[list[Tensor]]:
+    """Return the method's own parameters in each group, which DeepSpeed's optimizers keep under various names."""
+    for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(optimizer, name):
+            groups: list[list[Tensor]] = getattr(optimizer, name)
+            return groups
+    return [group["params"] for group in optimizer.param_groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,19 +64,26 @@ def layer_name(layer: int) -> str:
     return f"layer{layer:02d}"
 
 
+def attached_name(layer: int) -> str:
+    """Return the name of the group of what goes with a freezable layer at the global rate."""
+    return f"attached{layer:02d}"
+
+
 def parameter_groups(
     layers: Sequence[Iterable[nn.Parameter]],
     parameters: Iterable[nn.Parameter],
     last_layer: Iterable[nn.Parameter] = (),
+    attached: Mapping[int, Iterable[nn.Parameter]] | None = None,
     *,
     decay_vectors: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return one named group per freezable layer, one for the last layer and one for the rest.
+    """Return one named group per freezable layer, one for what is attached to it, for the last layer, and for the rest.
 
     Trainable parameters only. Without `decay_vectors` the tensors of at most one dimension are groups of their
     own, whose names end in `VECTORS`. ZeRO talks once per group, so there are no more than have to be.
     """
     members = {layer_name(i): list(layer) for i, layer in enumerate(layers)}
+    members |= {attached_name(i): list(each) for i, each in (attached or {}).items()}
     members[LAST_LAYER] = list(last_layer)
     taken = {id(p) for group in members.values() for p in group}
     members[HEADS] = [p for p in parameters if id(p) not in taken]

@@ -4,13 +4,19 @@ from typing import Any
 
 from pipeline.methods.base import Method
 from pipeline.methods.dino import DINO, DINOConfig
+from pipeline.methods.localmim import LocalMIM, LocalMIMConfig
 from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.methods.simclr import SimCLR, SimCLRConfig
 from pipeline.models.vit import ViT
 
-__all__ = ["METHODS", "DINOConfig", "Method", "MoCoConfig", "SimCLRConfig", "build_method"]
+__all__ = ["METHODS", "DINOConfig", "LocalMIMConfig", "Method", "MoCoConfig", "SimCLRConfig", "build_method"]
 
-METHODS: dict[type[Any], type[Any]] = {MoCoConfig: MoCo, SimCLRConfig: SimCLR, DINOConfig: DINO}
+METHODS: dict[type[Any], type[Any]] = {
+    MoCoConfig: MoCo,
+    SimCLRConfig: SimCLR,
+    DINOConfig: DINO,
+    LocalMIMConfig: LocalMIM,
+}
 
 
 def build_method(config: object, encoder: ViT) -> Method:

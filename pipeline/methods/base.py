@@ -80,6 +80,10 @@ class Method(nn.Module):
         """Return the parameters of each layer that can freeze, in freezing order."""
         return self.encoder.layers()
 
+    def attached(self) -> dict[int, list[nn.Parameter]]:
+        """Return, by layer, parameters outside the layers that learn at the global rate until that layer freezes."""
+        return {}
+
     def last_layer(self) -> list[nn.Parameter]:
         """Return the parameters that learn at `StepPlan.last_layer_rate`."""
         return []

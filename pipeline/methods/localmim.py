@@ -122,17 +122,35 @@ class LocalMIM(Method):
         return [tap for tap in self.taps if isinstance(tap, Tap) and tap.block >= plan.frozen_layers]
 
     def forwards(self, plan: StepPlan) -> Sequence[Forward]:
-        """Return the one pass of the visible patches."""
-        return [Forward(self.encoder.config.image_size, self._masking(), True)]
+        """Return the one pass of the visible patches.
+
+        Raises:
+            ValueError: the plan compresses.
+        """
+        vit = self.encoder.config
+        whole = vit.grid**2
+        if any(c.patch_size(vit.patch_size) != vit.patch_size or c.keep(whole) < whole for c in (plan.query, plan.key)):
+            raise ValueError(
+                "compression does not go with method=localmim: its mask already leaves out "
+                f"{self.config.mask:.0%} of the tokens, and its decoders predict cells of patches of "
+                f"{vit.patch_size} pixels; say compression=none, and change method.mask instead."
+            )
+        return [Forward(vit.image_size, self._masking(), True)]
 
     def layers(self) -> list[list[nn.Parameter]]:
         """Return the encoder's layers, each with the norm and decoder behind it if they share its rate."""
         layers = self.encoder.layers()
         if self.config.decoder_rates is DecoderRates.tapped:
-            for tap in self.taps:
-                assert isinstance(tap, Tap)
-                layers[tap.block] += tap.parameters()
+            for block, members in self._behind_blocks().items():
+                layers[block] += members
         return layers
+
+    def attached(self) -> dict[int, list[nn.Parameter]]:
+        """Return the norms and decoders by block if they learn at the global rate."""
+        return self._behind_blocks() if self.config.decoder_rates is DecoderRates.heads else {}
+
+    def _behind_blocks(self) -> dict[int, list[nn.Parameter]]:
+        return {tap.block: list(tap.parameters()) for tap in self.taps if isinstance(tap, Tap)}
 
     def sample_cost(self, plan: StepPlan) -> float:
         """Return the encoder's cost and that of the decoders, whose weights are held against the encoder's."""

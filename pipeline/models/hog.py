@@ -37,7 +37,7 @@ def _histograms(images: Tensor, cell: int, bins: int) -> Tensor:
     """Return the mean histograms [B, 3, bins, S / cell, S / cell], not normalized."""
     across, down = _sobel(images.to(torch.promote_types(images.dtype, torch.float32)))
     magnitude = torch.hypot(across, down)
-    orientation = (torch.atan2(across, down) * (bins / math.pi)).floor().remainder(bins)
+    orientation = (torch.atan2(across, down) / math.pi * bins).floor().remainder(bins)
     # Bin by bin: a one-hot tensor of all of them would take nine times the images' memory, and sums by index have no
     # fixed order on a GPU.
     pooled = [F.avg_pool2d(magnitude * (orientation == each), cell) for each in range(bins)]

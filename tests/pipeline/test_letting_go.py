@@ -1,0 +1,281 @@
+"""What an engine does with layers that freeze, at every ZeRO stage: against a plain loop that does the same."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pipeline.compression import Compression
+from pipeline.methods import DINOConfig, LocalMIMConfig, Method, MoCoConfig, SimCLRConfig, build_method
+from pipeline.models.vit import ViT, ViTConfig
+from pipeline.schedules import StepPlan
+
+LOCALMIM = LocalMIMConfig(taps=[1, 2, 3], doublings=[1, 0, -1], decoder_dim=32, decoder_heads=2)
+CONFIGS = {
+    "moco": MoCoConfig(hidden_dim=64, out_dim=32),
+    "simclr": SimCLRConfig(hidden_dim=64, out_dim=32),
+    "dino": DINOConfig(out_dim=24, hidden_dim=40, bottleneck_dim=16, small_crops=1, small_size=16),
+    "localmim": LOCALMIM,
+}
+
+
+@dataclass(frozen=True)
+class Crops:
+    views: tuple[torch.Tensor, ...]
+    index: torch.Tensor
+
+
+# Two layers freeze after four steps, a third after seven. `Plain` is the reference: fp32 masters, gradients averaged by
+# hand, what is frozen taken out of AdamW, its state with it.
+SCRIPT = """
+    import sys
+    from dataclasses import dataclass
+    from pathlib import Path
+    import torch
+    import torch.distributed as dist
+    from pipeline import distributed
+    from pipeline.engine import Engine, EngineConfig, Precision
+    from pipeline.methods import LocalMIMConfig, MoCoConfig, build_method
+    from pipeline.methods.localmim import DecoderRates
+    from pipeline.models.vit import ViT, ViTConfig
+    from pipeline.optim import OptimConfig, adamw, parameter_groups
+    from pipeline.schedules import StepPlan
+
+    world = distributed.start()
+    METHOD, STAGE, PRECISION = "{method}", {stage}, Precision("{precision}")
+    DTYPE = torch.bfloat16 if PRECISION is Precision.bf16 else torch.float32
+    OPTIM = OptimConfig(clip={clip}, decay_vectors=False)
+    CONFIG = (
+        MoCoConfig(hidden_dim=64, out_dim=32)
+        if METHOD == "moco"
+        else LocalMIMConfig(
+            taps=[1, 2, 3], doublings=[1, 0, -1], decoder_dim=32, decoder_heads=2,
+            decoder_rates=DecoderRates("{decoder_rates}"),
+        )
+    )
+
+    def frozen_at(step):
+        return 0 if step < 4 else 2 if step < 7 else 3
+
+    def plan(step):
+        rates = tuple(0.0 if i < frozen_at(step) else 1e-3 * (i + 1) for i in range(4))
+        return StepPlan(step / 20, 2e-3, 0.1, 0.9, rates)
+
+    @dataclass(frozen=True)
+    class Batch:
+        views: tuple
+        index: torch.Tensor
+
+    def batch(step):
+        generator = torch.Generator().manual_seed(2 * step + world.rank)
+        count = 2 if METHOD == "moco" else 1
+        views = tuple(torch.randn(8, 3, 32, 32, generator=generator).to(DTYPE) for _ in range(count))
+        return Batch(views, torch.arange(8) + 8 * (2 * step + world.rank))
+
+    def make_method():
+        torch.manual_seed(0)
+        vit = ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17)
+        return build_method(CONFIG, ViT(vit, seed=0))
+
+    def make_engine():
+        return Engine(
+            make_method(), EngineConfig(PRECISION, STAGE), OPTIM, local_batch=8, device=world.device
+        )
+
+    class Plain:
+        def __init__(self):
+            self.method = make_method()
+            self.masters = {{
+                p: p.detach().clone().requires_grad_() for p in self.method.parameters() if p.requires_grad
+            }}
+            self.method.to(DTYPE)
+            self.method.prepare(world.device, DTYPE)
+            method = self.method
+            groups = parameter_groups(
+                method.layers(), method.parameters(), (), method.attached(), decay_vectors=False
+            )
+            for group in groups:
+                group["params"] = [self.masters[p] for p in group["params"]]
+            self.optimizer = adamw(groups, OPTIM)
+
+        def step(self, batch, plan):
+            gone = [f"{{kind}}{{i:02d}}" for i in range(plan.frozen_layers) for kind in ("layer", "attached")]
+            kept = []
+            for group in self.optimizer.param_groups:
+                name = group["name"].removesuffix("_vectors")
+                if name in gone:
+                    for master in group["params"]:
+                        self.optimizer.state.pop(master, None)
+                    continue
+                kept.append(group)
+                group["lr"] = plan.layer_rates[int(name[5:])] if name.startswith("layer") else plan.learning_rate
+                group["weight_decay"] = plan.weight_decay if name == group["name"] else 0.0
+            self.optimizer.param_groups[:] = kept
+            for parameter in self.masters:
+                parameter.grad = None
+            output = self.method(batch, plan)
+            output.loss.backward()
+            live = {{id(m) for group in kept for m in group["params"]}}
+            for parameter, master in self.masters.items():
+                master.grad = None
+                if id(master) in live and parameter.grad is not None:
+                    master.grad = distributed.mean_over_ranks(parameter.grad.float())
+            if OPTIM.clip:
+                torch.nn.utils.clip_grad_norm_([m for m in self.masters.values() if m.grad is not None], OPTIM.clip)
+            self.optimizer.step()
+            with torch.no_grad():
+                for parameter, master in self.masters.items():
+                    if id(master) in live:
+                        parameter.copy_(master)
+            self.method.after_step(plan, output)
+            return output
+
+    sent = 0
+    def count(name):
+        original = getattr(dist, name)
+        def counting(*args, **kwargs):
+            global sent
+            sent += sum(a.numel() * a.element_size() for a in args[:1] if torch.is_tensor(a))
+            return original(*args, **kwargs)
+        setattr(dist, name, counting)
+    for name in ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather"):
+        count(name)
+
+    def kept_bytes(engine):
+        optimizer = engine._engine.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        return sum(
+            t.numel() * t.element_size()
+            for state in inner.state.values() for t in state.values() if torch.is_tensor(t)
+        )
+
+    def share_live(method, frozen):
+        gone = [p for i in range(frozen) for p in method.layers()[i] + method.attached().get(i, [])]
+        total = sum(p.numel() for p in learning)
+        return 1 - sum(p.numel() for p in gone if id(p) in ids) / total
+
+    engine, plain = make_engine(), Plain()
+    learning = [p for p in engine.method.parameters() if p.requires_grad]
+    ids = {{id(p) for p in learning}}
+    names = {{id(p): n for n, p in engine.method.named_parameters()}}
+    scratch = Path(sys.argv[0]).parent / "saved"
+    traffic, memory, still = [], [], {{}}
+    for step in range(10):
+        now = plan(step)
+        before = sent
+        result = engine.step(batch(step), now)
+        traffic.append(sent - before)
+        memory.append(kept_bytes(engine))
+        expected = plain.step(batch(step), now).loss.detach()
+        assert abs(float(result.loss) - float(expected)) < {loss_tolerance}, (step, float(result.loss), float(expected))
+        gone = [p for i in range(now.frozen_layers) for p in engine.method.layers()[i]]
+        gone += [p for i in range(now.frozen_layers) for p in engine.method.attached().get(i, [])]
+        assert all(p.grad is None and not p.requires_grad for p in gone)
+        for p in gone:
+            still.setdefault(id(p), p.detach().clone())
+            assert torch.equal(still[id(p)], p), names[id(p)]
+        if step in (3, 5):
+            engine.save(scratch / f"step{{step}}")
+    for (name, ours), theirs in zip(engine.method.named_parameters(), plain.method.parameters(), strict=True):
+        if not name.endswith(("qkv.bias", "encoder.norm.bias")):
+            torch.testing.assert_close(ours, theirs, atol={tolerance}, rtol=0, msg=lambda m: f"{{name}}: {{m}}")
+    for k, first in ((2, 5), (3, 8)):
+        share = share_live(engine.method, k)
+        assert memory[first] < (share + 0.03) * memory[1], (memory, share)
+        if world.size > 1:
+            extra = 3000  # norms, losses, batch statistics
+            assert traffic[first] < share * traffic[1] + extra, (traffic, share)
+    for saved in (3, 5):  # before and after the first event
+        again = make_engine()
+        for p in again.method.parameters():
+            p.data.add_(1.0)
+        again.load(scratch / f"step{{saved}}")
+        for step in range(saved + 1, 10):
+            again.step(batch(step), plan(step))
+        for (name, one), other in zip(engine.method.named_parameters(), again.method.parameters(), strict=True):
+            assert torch.equal(one, other), (saved, name)
+        for key, value in engine.method.state().items():
+            assert torch.equal(value, again.method.state()[key]), (saved, key)
+    print("same")
+    distributed.stop()
+    """
+# In bf16 Adam turns rounding into steps, most of all behind the few negatives of a contrastive loss.
+TOLERANCES = {
+    ("localmim", "fp32"): {"tolerance": 3e-5, "loss_tolerance": 2e-5},
+    ("localmim", "bf16"): {"tolerance": 2e-2, "loss_tolerance": 2e-2},
+    ("moco", "fp32"): {"tolerance": 3e-5, "loss_tolerance": 2e-5},
+    ("moco", "bf16"): {"tolerance": 0.2, "loss_tolerance": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "precision", "ranks", "decoder_rates"),
+    [
+        ("localmim", 0, "fp32", 1, "tapped"),
+        ("localmim", 0, "bf16", 2, "tapped"),
+        ("localmim", 1, "fp32", 2, "global"),
+        ("localmim", 1, "bf16", 2, "global"),
+        ("localmim", 2, "fp32", 2, "tapped"),
+        ("localmim", 2, "bf16", 1, "global"),
+        ("moco", 0, "fp32", 2, "tapped"),
+        ("moco", 1, "bf16", 1, "tapped"),
+        ("moco", 2, "fp32", 2, "tapped"),
+    ],
+)
+def test_frozen_layers_are_let_go(
+    run_ranks: Callable[..., list[str]], method: str, stage: int, precision: str, ranks: int, decoder_rates: str
+) -> None:
+    script = SCRIPT.format(
+        method=method,
+        stage=stage,
+        precision=precision,
+        decoder_rates=decoder_rates,
+        clip=0.5 if ranks == 2 else 0.0,
+        **TOLERANCES[method, precision],
+    )
+    assert [said.strip().splitlines()[-1] for said in run_ranks(script, ranks)] == ["same"] * ranks
+
+
+def make_method(name: str) -> Method:
+    torch.manual_seed(0)
+    return build_method(CONFIGS[name], ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3), seed=0))
+
+
+def make_crops(method: Method) -> Crops:
+    return Crops(tuple(torch.randn(8, 3, spec.size, spec.size) for spec in method.views()), torch.arange(8))
+
+
+def nodes(loss: torch.Tensor) -> Iterator[object]:
+    """Yield every node of the graph behind a loss."""
+    seen, queue = set(), [loss.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue += [parent for parent, _ in node.next_functions]
+            yield node
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_no_backward_goes_through_frozen_layers(name: str, make_plan: Callable[..., StepPlan]) -> None:
+    method = make_method(name)
+    outputs: dict[int, list[torch.Tensor]] = {}
+    for number, block in enumerate(method.encoder.blocks, start=1):
+        block.register_forward_hook(lambda _, __, out, i=number: outputs.setdefault(i, []).append(out))
+    counts = []
+    for frozen in range(4):
+        outputs.clear()
+        for i in range(frozen):
+            for p in method.layers()[i]:
+                p.requires_grad_(False)
+        loss = method(make_crops(method), make_plan(method, Compression(), frozen)).loss
+        for number, found in outputs.items():
+            assert all((out.grad_fn is None) == (number < frozen) for out in found)
+        reached = {id(node.variable) for node in nodes(loss) if hasattr(node, "variable")}  # type: ignore[attr-defined]
+        assert not reached & {id(p) for layer in method.layers()[:frozen] for p in layer}
+        counts.append(sum(1 for _ in nodes(loss)))
+    assert counts == sorted(counts, reverse=True)
+    # Two blocks have gone, and each had as many nodes as the other; LocalMIM's decoders differ.
+    if name != "localmim":
+        assert counts[1] - counts[2] == counts[2] - counts[3] > 10
