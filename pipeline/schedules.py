@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Protocol
 
 from pipeline.compression import Compression, CompressionSchedule
-from pipeline.freezing import FreezeSchedule, frozen_prefix
+from pipeline.freezing import FreezeSchedule, Times, frozen_prefix
 
 # A rate of exactly zero means frozen, so warm-up starts just above it.
 WARMUP_START = 1e-3
@@ -154,11 +155,24 @@ class Schedules:
     freeze: FreezeSchedule
     num_layers: int
     method: MethodSchedule
+    # From when on the model has seen images in its own patches and without dropout; infinite for never.
+    whole_from: float = 0.0
+
+    @cached_property
+    def freeze_times(self) -> Times:
+        """Return when each layer freezes, as a share of the run after warm-up; None is never.
+
+        Raises:
+            ValueError: layers that are to see whole images for longer than there are any.
+        """
+        warmup = self.rate.warmup
+        return self.freeze.freeze_times(self.num_layers, max(0.0, (self.whole_from - warmup) / (1 - warmup)))
 
     def at(self, progress: float) -> StepPlan:
         """Return the plan of the step that starts at `progress` in [0, 1]."""
         query = self.compression.at(progress)
-        factors = self.freeze.rates(progress, self.num_layers, self.rate.decay)
+        warming_up = progress < self.rate.warmup
+        factors = self.freeze.rates(progress, self.freeze_times, self.rate.decay, warming_up=warming_up)
         learning_rate = self.peak_rate * self.rate.decay(progress)
         return StepPlan(
             progress=progress,
@@ -174,7 +188,9 @@ class Schedules:
 
     def changes(self) -> list[float]:
         """Return every progress at which the shape of a step changes, in order, without 0 and 1."""
+        return sorted(p for p in {*self.compression.changes(), *self.freezes()} if 0 < p < 1)
+
+    def freezes(self) -> list[float]:
+        """Return the progress at which each layer that ever freezes does, first layer first."""
         warmup = self.rate.warmup
-        times = self.freeze.freeze_times(self.num_layers)
-        freezes = [warmup + (1 - warmup) * t for t in times if t is not None]
-        return sorted(p for p in {*self.compression.changes(), *freezes} if 0 < p < 1)
+        return [warmup + (1 - warmup) * t for t in self.freeze_times if t is not None]

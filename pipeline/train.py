@@ -17,6 +17,7 @@ from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
 from pipeline.engine import Engine, StepResult
+from pipeline.interplay import warn_of_early_freezing, whole_from
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
@@ -178,6 +179,7 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
         "data.order": order.VERSION,
         "processes": world.size,
         "engine.precision": config.engine.precision.value,
+        "engine.stage": config.engine.stage,
         # Groups of the optimizer, whose state a checkpoint holds by group; and what DeepSpeed takes from there.
         "optim.decay_vectors": config.optim.decay_vectors,
         "optim.betas": str(config.optim.betas),
@@ -214,6 +216,7 @@ def build_schedules(config: TrainConfig, method: Method) -> Schedules:
         freeze=config.freeze,
         num_layers=method.encoder.num_layers,
         method=method,
+        whole_from=whole_from(compression, model.image_size, model.patch_size),
     )
     for progress in (0.0, *schedules.changes()):
         method.tokens(schedules.at(progress))
@@ -274,6 +277,7 @@ def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState
         config.budget.value,
         config.budget.unit.value,
     )
+    warn_of_early_freezing(parts.schedules)
     if config.batch_size > parts.loader.num_samples:
         log.warning("batch_size is larger than the set: a sample may occur twice in a batch")
     log.info("resumed at step %d" if state.step else "starting at step %d", state.step)

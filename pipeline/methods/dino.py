@@ -17,11 +17,11 @@ from pipeline.distributed import at_least_fp32, mean_over_ranks
 from pipeline.losses import centered_softmax, distillation
 from pipeline.methods.base import Batch, Forward, Method, StepOutput
 from pipeline.methods.indicators import entropy_ratio, spread
-from pipeline.methods.multicrop import encode
+from pipeline.methods.multicrop import Group, encode, encode_prefix
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.initialization import initialize_as_dino
 from pipeline.models.momentum import MomentumEncoder
-from pipeline.models.vit import ViT
+from pipeline.models.vit import Known, ViT
 from pipeline.schedules import StepPlan
 
 LARGE: tuple[int, ...] = (0, 1)
@@ -116,9 +116,10 @@ class DINO(Method):
 
     def forward(self, batch: Batch, plan: StepPlan) -> StepOutput:
         """Return the cross entropy, the mean over pairs of a teacher's and another student's crop."""
-        logits = self._teach(batch, plan)
+        prefix = self._shared_prefix(batch, plan)
+        logits = self._teach(batch, plan, prefix)
         targets = {k: centered_softmax(each, self._center, plan.teacher_temperature) for k, each in logits.items()}
-        features = self._features(batch, plan)
+        features = self._features(batch, plan, prefix)
         outputs = self.head(torch.cat(list(features.values()))).chunk(len(features))
         students = dict(zip(features, outputs, strict=True))
         loss = distillation(students, targets, self.config.student_temperature)
@@ -192,14 +193,23 @@ class DINO(Method):
             "prototype_entropy_ratio": entropy_ratio(target.mean(0, keepdim=True)),
         }
 
-    def _features(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
-        crops = dict.fromkeys(self._queries, plan.query) | {s: Compression() for s in self._small}
-        return encode(self.encoder, batch, crops, frozen_layers=plan.frozen_layers, stochastic=True)
+    def _shared_prefix(self, batch: Batch, plan: StepPlan) -> dict[Group, Known]:
+        """Return the first layers' outputs for large crops where the teacher would only compute them again."""
+        if self._queries != self._keys or plan.query != plan.key:
+            return {}
+        layers = self._teacher[0].shared_layers(self.encoder.layers()[: plan.frozen_layers])
+        return encode_prefix(self.encoder, batch, dict.fromkeys(self._keys, plan.key), layers)
 
-    def _teach(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
+    def _features(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
+        crops = dict.fromkeys(self._queries, plan.query) | {s: Compression() for s in self._small}
+        return encode(self.encoder, batch, crops, frozen_layers=plan.frozen_layers, stochastic=True, prefix=prefix)
+
+    def _teach(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
+        keys = dict.fromkeys(self._keys, plan.key)
+
         def project(network: nn.Module) -> dict[int, Tensor]:
             assert isinstance(network, nn.ModuleDict)
-            features = encode(cast(ViT, network["encoder"]), batch, dict.fromkeys(self._keys, plan.key))
+            features = encode(cast(ViT, network["encoder"]), batch, keys, prefix=prefix)
             return {view: network["head"](each) for view, each in features.items()}
 
         return self._teacher[0](project)

@@ -17,11 +17,11 @@ from pipeline.compression import Compression, PatchScaling
 from pipeline.losses import info_nce
 from pipeline.methods.base import Batch, Forward, Method, StepOutput
 from pipeline.methods.indicators import spread
-from pipeline.methods.multicrop import encode
+from pipeline.methods.multicrop import Group, encode, encode_prefix
 from pipeline.models.heads import mlp_head
 from pipeline.models.initialization import initialize_as_moco_v3
 from pipeline.models.momentum import MomentumEncoder
-from pipeline.models.vit import ViT
+from pipeline.models.vit import Known, ViT
 from pipeline.schedules import StepPlan
 
 
@@ -82,7 +82,8 @@ class MoCo(Method):
 
     def forward(self, batch: Batch, plan: StepPlan) -> StepOutput:
         """Return the contrastive loss, summed over the pairs."""
-        queries, keys = self._features(batch, plan), self._keys(batch, plan)
+        prefix = self._shared_prefix(batch, plan)
+        queries, keys = self._features(batch, plan, prefix), self._keys(batch, plan, prefix)
         # Head by head: each view has batch statistics of its own.
         losses = [
             info_nce(self.predictor(self.projector(queries[q])), keys[k], self.config.temperature)
@@ -119,14 +120,28 @@ class MoCo(Method):
         """Restore the momentum encoder."""
         self._target[0].load(state)
 
-    def _features(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
-        queries = {q: plan.query for q, _ in self._pairs}
-        return encode(self.encoder, batch, queries, frozen_layers=plan.frozen_layers, stochastic=True)
+    def _views(self, plan: StepPlan) -> tuple[dict[int, Compression], dict[int, Compression]]:
+        """Return the compression of each query and each key."""
+        return {q: plan.query for q, _ in self._pairs}, {k: plan.key for _, k in self._pairs}
 
-    def _keys(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
+    def _shared_prefix(self, batch: Batch, plan: StepPlan) -> dict[Group, Known]:
+        """Return the first layers' outputs where the momentum encoder would only compute them again."""
+        queries, keys = self._views(plan)
+        layers = self._target[0].shared_layers(self.encoder.layers()[: plan.frozen_layers]) if queries == keys else 0
+        return encode_prefix(self.encoder, batch, queries, layers)
+
+    def _features(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
+        queries, _ = self._views(plan)
+        return encode(
+            self.encoder, batch, queries, frozen_layers=plan.frozen_layers, stochastic=True, prefix=prefix
+        )
+
+    def _keys(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
+        _, keys = self._views(plan)
+
         def project(network: nn.Module) -> dict[int, Tensor]:
             assert isinstance(network, nn.ModuleDict)
-            features = encode(cast(ViT, network["encoder"]), batch, {k: plan.key for _, k in self._pairs})
+            features = encode(cast(ViT, network["encoder"]), batch, keys, prefix=prefix)
             return {view: network["projector"](each) for view, each in features.items()}
 
         return self._target[0](project)

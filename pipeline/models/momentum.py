@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from pipeline.distributed import at_least_fp32
 
 T = TypeVar("T")
+# Of its gap when a parameter stopped learning: what is left is below bf16's rounding by far.
+CLOSED = 1e-4
+GAPS = "gaps"
 
 
 class MomentumEncoder:
@@ -27,6 +31,8 @@ class MomentumEncoder:
         self.network = copy.deepcopy(online).requires_grad_(False).train()
         self._parameters: list[Tensor] = list(self.network.parameters())
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
+        # What is left of the gap that there was when a parameter stopped learning: every update takes its share.
+        self._gaps = [1.0] * len(self._average)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move to a device and compute in `dtype`; the average stays fp32."""
@@ -39,10 +45,27 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """Move the average by 1 - momentum towards the online parameters."""
-        target = [at_least_fp32(p.detach()) for p in self._online]
-        torch._foreach_lerp_(self._average, target, 1 - momentum)
-        self._publish()
+        """Move the average by 1 - momentum towards the online parameters.
+
+        The average of a parameter that no longer learns goes on until its gap is closed, then takes the parameter over
+        and rests. (Not at once: late in a run, where 1 - momentum is small, that would be a leap.)
+        """
+        before = self._gaps
+        self._gaps = [1.0 if p.requires_grad else gap * momentum for p, gap in zip(self._online, before, strict=True)]
+        moving = [i for i, gap in enumerate(before) if gap > CLOSED or self._gaps[i] > CLOSED]
+        target = [at_least_fp32(self._online[i].detach()) for i in moving]
+        averages = [self._average[i] for i in moving]
+        torch._foreach_lerp_(averages, target, 1 - momentum)
+        for i, average, online in zip(moving, averages, target, strict=True):
+            if self._gaps[i] <= CLOSED:
+                average.copy_(online)
+        self._publish(moving)
+
+    def shared_layers(self, layers: Sequence[Sequence[Tensor]]) -> int:
+        """Return how many of these first layers of the online network are this one's, too, and will stay so."""
+        resting = {id(p) for p, gap in zip(self._online, self._gaps, strict=True) if gap <= CLOSED}
+        shared = (all(id(p) in resting for p in layer) for layer in layers)
+        return sum(1 for _ in takewhile(bool, shared))
 
     @torch.no_grad()
     def __call__(self, forward: Callable[[nn.Module], T]) -> T:
@@ -50,9 +73,10 @@ class MomentumEncoder:
         return forward(self.network)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the fp32 average and the network's buffers by name."""
+        """Return the fp32 average, the network's buffers by name, and how far each gap is closed."""
         names = [name for name, _ in self.network.named_parameters()]
-        return {**dict(zip(names, self._average, strict=True)), **dict(self.network.named_buffers())}
+        gaps = torch.tensor(self._gaps, dtype=torch.float64)
+        return {**dict(zip(names, self._average, strict=True)), **dict(self.network.named_buffers()), GAPS: gaps}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -61,8 +85,9 @@ class MomentumEncoder:
         assert mine.keys() == state.keys(), mine.keys() ^ state.keys()
         for name, tensor in mine.items():
             tensor.copy_(state[name])
-        self._publish()
+        self._gaps = mine[GAPS].tolist()
+        self._publish(range(len(self._average)))
 
-    def _publish(self) -> None:
-        if self._parameters and self._average[0].data_ptr() != self._parameters[0].data_ptr():
-            torch._foreach_copy_(self._parameters, self._average)
+    def _publish(self, which: Sequence[int]) -> None:
+        if which and self._average[0].data_ptr() != self._parameters[0].data_ptr():
+            torch._foreach_copy_([self._parameters[i] for i in which], [self._average[i] for i in which])

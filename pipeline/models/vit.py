@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ from pipeline.models.stateless_random import random_subset, residual_scales
 from pipeline.models.timm_backbone import ViTConfig, create
 
 __all__ = ["Positions", "ViT", "ViTConfig"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The tokens [B, 1 + kept, D] after so many layers, of which the embedding is the first."""
+
+    layers: int
+    tokens: Tensor
 
 
 class ViT(nn.Module):
@@ -74,18 +83,19 @@ class ViT(nn.Module):
         stream: int | Tensor = 0,
         frozen_layers: int = 0,
         stochastic: bool = False,
+        known: Known | None = None,
     ) -> Tensor:
         """Encode images [B, 3, S, S] of global sample indices [B]; the frozen prefix records no graph.
 
         `stream` tells the views of a sample apart: one number, or one for each image [B] where views come together.
-        `stochastic` turns stochastic depth on. It has nothing to do with training mode, in which a momentum
-        encoder stays, too.
+        `stochastic` turns stochastic depth on in blocks that learn. It has nothing to do with training mode, in which a
+        momentum encoder stays, too. `known` is what `prefix` returned: the first layers, computed before.
 
         Raises:
             ValueError: the patch size does not divide S.
         """
         last = len(self.blocks)
-        tokens = self.tapped(images, compression, index, [last], stream, frozen_layers, stochastic)[last]
+        tokens = self.tapped(images, compression, index, [last], stream, frozen_layers, stochastic, known)[last]
         features: Tensor = self.norm(tokens[:, 0])
         return features
 
@@ -98,20 +108,34 @@ class ViT(nn.Module):
         stream: int | Tensor = 0,
         frozen_layers: int = 0,
         stochastic: bool = False,
+        known: Known | None = None,
     ) -> dict[int, Tensor]:
         """Return the tokens [B, 1 + kept, D] after some blocks, counted from 1; what else goes in is as in `forward`."""
         scales: list[Tensor | None] = [None] * len(self.blocks)
         if stochastic and self.config.stochastic_depth:
             scales = [*residual_scales(index, self.config.stochastic_depth, len(self.blocks), self.seed, stream)]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers == 0):
-            tokens = self.embed(images, compression, index, stream)
-        found = {}
-        for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True), start=1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers <= i):
-                tokens = self.run_block(block, tokens, scale)
+        if known is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and frozen_layers == 0):
+                known = Known(1, self.embed(images, compression, index, stream))
+        tokens, found = known.tokens, {}
+        for i in range(known.layers, len(self.blocks) + 1):
+            # A frozen block is as in evaluation: it does not skip branches.
+            learns = i >= frozen_layers
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                tokens = self.run_block(self.blocks[i - 1], tokens, scales[i - 1] if learns else None)
             if i in blocks:
                 found[i] = tokens
         return found
+
+    @torch.no_grad()
+    def prefix(
+        self, images: Tensor, compression: Compression, index: Tensor, stream: int | Tensor, layers: int
+    ) -> Known:
+        """Return what comes out of the first layers, at least the embedding, as they are in evaluation."""
+        tokens = self.embed(images, compression, index, stream)
+        for block in self.blocks[: layers - 1]:
+            tokens = self.run_block(block, tokens, None)
+        return Known(layers, tokens)
 
     def chosen(
         self, index: Tensor, compression: Compression, image_size: int, stream: int | Tensor = 0

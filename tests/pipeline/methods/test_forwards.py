@@ -11,7 +11,7 @@ from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
 from pipeline.methods import DINOConfig, MoCoConfig, SimCLRConfig, build_method
 from pipeline.methods.base import Forward
-from pipeline.models.vit import ViT, ViTConfig
+from pipeline.models.vit import Known, ViT, ViTConfig
 from pipeline.schedules import StepPlan
 
 DINO_SIZES = {"out_dim": 24, "hidden_dim": 40, "bottleneck_dim": 16, "small_crops": 3, "small_size": 16}
@@ -53,10 +53,12 @@ def test_what_runs_is_what_is_listed(config: object, monkeypatch: pytest.MonkeyP
         stream: Tensor,
         frozen_layers: int = 0,
         stochastic: bool = False,
+        known: Known | None = None,
     ) -> Tensor:
         learns = vit is method.encoder
         assert (frozen_layers, stochastic) == ((FROZEN, True) if learns else (0, False))
         assert torch.is_grad_enabled() == learns
+        assert known is None
         ran[Forward(images.shape[-1], how, learns)] += len(images) // SAMPLES
         return forward(vit, images, how, index, stream, frozen_layers, stochastic)
 

@@ -62,7 +62,7 @@ def test_steps_in_bf16_are_those_in_fp32_up_to_rounding(name: str) -> None:
         # bf16 has 8 bits: 0.4 % of each of many roundings, and of the losses' differences between samples.
         torch.testing.assert_close(got, want, atol=0, rtol=0.02)
     # A target network and a center are averages, whose small steps bf16 would lose.
-    assert {t.dtype for t in half.method.state().values()} <= {torch.float32}
+    assert {t.dtype for name, t in half.method.state().items() if name != "gaps"} <= {torch.float32}
     for name_of, tensor in half.method.state().items():
         torch.testing.assert_close(tensor, full.method.state()[name_of], atol=2e-2, rtol=2e-2)
 
@@ -79,4 +79,4 @@ def test_prototypes_and_targets_of_a_bf16_dino_are_fp32() -> None:
     bottleneck = method.head.mlp(features)
     want = exact.prototypes(torch.nn.functional.normalize(bottleneck.double(), dim=1))
     torch.testing.assert_close(logits.double(), want, atol=1e-6, rtol=0)
-    assert {each.dtype for each in method._teach(make_crops(method, 0), step_plan(method)).values()} == {torch.float32}
+    assert {each.dtype for each in method._teach(make_crops(method, 0), step_plan(method), {}).values()} == {torch.float32}
