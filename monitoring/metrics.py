@@ -54,6 +54,7 @@ _METRICS = (
     _counter("bad_samples_total", "Samples found broken and replaced by others, by all processes together"),
     # What it learns.
     _gauge("loss", "Training loss of the last step, mean over processes."),
+    *(_gauge(f"loss_tap{i}", f"LocalMIM's loss at tap {i}, counted from the input.") for i in range(1, 7)),
     _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),
     _gauge("grad_norm_embedding", "Gradient norm of layer 0, the embedding; with engine.layer_norms only."),
     _gauge("grad_norm_first_block", "Gradient norm of layer 1, the first block; with engine.layer_norms only."),
@@ -75,6 +76,7 @@ _METRICS = (
     _gauge("query_tokens", "Sequence length of the query's forward."),
     _gauge("key_tokens", "Sequence length of the key's forward."),
     _gauge("frozen_layers", "Layers, counted from the input, that no longer learn."),
+    _gauge("optimizer_bytes", "Master weights and moments that this process keeps; less as layers freeze."),
     # What survives.
     _gauge("checkpoint_seconds", "Duration of the last checkpoint."),
     _gauge("checkpoint_bytes", "Size of the last checkpoint."),

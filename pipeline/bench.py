@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import distributed
+from pipeline.benchmarks.freezing import bench_freezing
 from pipeline.benchmarks.loader import bench_loader
 from pipeline.benchmarks.report import Report
 from pipeline.benchmarks.start import bench_start
-from pipeline.benchmarks.step import bench_freezing, bench_step
+from pipeline.benchmarks.step import bench_step
+from pipeline.benchmarks.targets import bench_targets
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
 
@@ -19,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[BenchConfig, World], Report]] = {
     "freezing": bench_freezing,
     "loader": bench_loader,
     "start": bench_start,
+    "targets": bench_targets,
 }
 
 

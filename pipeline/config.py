@@ -228,7 +228,8 @@ class StudyConfig:
 class BenchConfig:
     """Measurements against a baseline in the same run."""
 
-    # step: over compressions; freezing: over frozen layers; loader: images per CPU second; start: time to the index.
+    # step: over compressions; freezing: over frozen layers; targets: LocalMIM's, one pass against many; loader: images
+    # per CPU second; start: time to the index.
     what: str = "step"
     batch_size: int = 64
     rounds: int = 7

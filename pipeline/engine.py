@@ -122,7 +122,7 @@ class Engine:
         A step whose loss or gradient is not finite on some process changes nothing on any: neither weights nor
         momentum encoder.
         """
-        self._freeze(plan.frozen_layers)
+        self.freeze(plan.frozen_layers)
         for parameter in self._last_layer:
             parameter.requires_grad_(plan.last_layer_rate > 0)
         self._set_rates(plan)
@@ -137,6 +137,36 @@ class Engine:
         if plan.last_layer_rate == 0.0:
             self._forget_last_layers_steps()
         return StepResult(output.loss.detach(), output.metrics, applied)
+
+    def freeze(self, frozen_layers: int) -> None:
+        """Let go of the first layers: no gradient, no traffic, no optimizer state.
+
+        What still learns keeps all of its own, to the bit. Every step does this by itself; each process rearranges its
+        own part, and no message is sent.
+        """
+        assert frozen_layers >= self._frozen_layers, "a frozen layer does not learn again"
+        if frozen_layers == self._frozen_layers:
+            return
+        begin = time.perf_counter()
+        for parameter in self._gone(frozen_layers):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        # A last layer that still waits must not be taken for frozen.
+        for parameter in self._last_layer:
+            parameter.requires_grad_(True)
+        self._frozen_layers = frozen_layers
+        old, self._engine = self._engine, None
+        kept = optimizer_state.take(old, self._live_names())
+        optimizer_state.retire(old)
+        del old
+        self._start()
+        optimizer_state.put(self._engine, kept)
+        seconds = time.perf_counter() - begin
+        log.info("frozen: %d of %d layers; the optimizer let go of them in %.2f s", frozen_layers, len(self._layers), seconds)
+
+    def optimizer_bytes(self) -> int:
+        """Return the size of the master weights and moments that this process keeps."""
+        return optimizer_state.num_bytes(self._engine)
 
     def grad_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping."""
@@ -170,7 +200,7 @@ class Engine:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, with the same number of processes."""
         # The optimizer that saved had no place for what was frozen.
-        self._freeze(_model_states(directory)[FROZEN_KEY])
+        self.freeze(_model_states(directory)[FROZEN_KEY])
         path, client = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
         assert path is not None, directory
         # DeepSpeed takes the old run's over.
@@ -198,30 +228,6 @@ class Engine:
             self._engine.optimizer.optimizer.state.clear()
             self._engine.optimizer.refresh_fp32_params()
         self._norms = TensorNorms(self._engine.optimizer)
-
-    def _freeze(self, frozen_layers: int) -> None:
-        """Let go of the first layers: no gradient, no traffic, no optimizer state; what still learns keeps all of its own.
-
-        Raises nothing and waits for nobody: each process rearranges its own part.
-        """
-        assert frozen_layers >= self._frozen_layers, "a frozen layer does not learn again"
-        if frozen_layers == self._frozen_layers:
-            return
-        begin = time.perf_counter()
-        for parameter in self._gone(frozen_layers):
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        # A last layer that still waits must not be taken for frozen.
-        for parameter in self._last_layer:
-            parameter.requires_grad_(True)
-        self._frozen_layers = frozen_layers
-        old, self._engine = self._engine, None
-        kept = optimizer_state.take(old, self._live_names())
-        optimizer_state.retire(old)
-        del old
-        self._start()
-        optimizer_state.put(self._engine, kept)
-        log.info("%d layers are frozen; the optimizer let go of them in %.2f s", frozen_layers, time.perf_counter() - begin)
 
     def _gone(self, frozen_layers: int) -> Iterator[nn.Parameter]:
         for i in range(frozen_layers):

@@ -91,6 +91,7 @@ class Meter:
             "eta_seconds": self._eta(progress),
             "loss": loss,
             "grad_norm": engine.grad_norm(),
+            "optimizer_bytes": engine.optimizer_bytes(),
             "last_step_timestamp_seconds": time.time(),
             "restarts": float(os.environ.get("SLURM_RESTART_COUNT", 0)),
         }

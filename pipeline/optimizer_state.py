@@ -48,6 +48,13 @@ def put(engine: Any, state: OptimizerState) -> None:
         setattr(engine, name, value)
 
 
+def num_bytes(engine: Any) -> int:
+    """Return the size of the tensors that `take` would return of all groups."""
+    inner = _inner(engine.optimizer)
+    tensors = [t for _, master in _masters(engine.optimizer) for t in (master, *inner.state.get(master, {}).values())]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
 def retire(engine: Any) -> None:
     """Let go of an engine: without this its hooks on the module would keep all its memory, and go on running."""
     for name in _HOOKS:

@@ -57,38 +57,26 @@ class Measurement:
 
 def bench_step(config: BenchConfig, world: World) -> Report:
     """Measure every (patch size, dropout) cell against the uncompressed step."""
-    engine, method = _engine(config, world)
-    baseline = _plan(config, method, Compression(), 0)
+    engine, method = make_engine(config, world)
+    baseline = make_plan(config, method, Compression(), 0)
     cells = [(p, d) for p in (config.patch_sizes or [config.model.patch_size]) for d in config.dropouts]
     rows = []
     for patch_size, dropout in cells:
-        plan = _plan(config, method, compression(patch_size, dropout), 0)
-        pair = _alternate(config, world, (engine, baseline), (engine, plan))
+        plan = make_plan(config, method, compression(patch_size, dropout), 0)
+        pair = alternate(config, world, (engine, baseline), (engine, plan))
         rows.append(_measure(f"patch {patch_size:3d} dropout {dropout:.2f}", method, baseline, plan, pair))
     return _report(rows)
 
 
-def bench_freezing(config: BenchConfig, world: World) -> Report:
-    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes."""
-    engine, method = _engine(config, world)
-    twin, _ = _engine(config, world)
-    baseline = _plan(config, method, Compression(), 0)
-    rows = []
-    for frozen in range(method.encoder.num_layers + 1):
-        plan = _plan(config, method, Compression(), frozen)
-        pair = _alternate(config, world, (twin, baseline), (engine, plan))
-        rows.append(_measure(f"{frozen:2d} frozen layers", method, baseline, plan, pair))
-    return _report(rows)
-
-
-def _engine(config: BenchConfig, world: World) -> tuple[Engine, Method]:
+def make_engine(config: BenchConfig, world: World) -> tuple[Engine, Method]:
+    """Return an engine of its own and its method."""
     torch.manual_seed(0)
     method = build_method(config.method, ViT(config.model, 0))
     local = config.batch_size // world.size
     return Engine(method, config.engine, config.optim, local_batch=local, device=world.device), method
 
 
-def _plan(config: BenchConfig, method: Method, query: Compression, frozen: int) -> StepPlan:
+def make_plan(config: BenchConfig, method: Method, query: Compression, frozen: int) -> StepPlan:
     """Return the plan of a step half-way through a run."""
     rate = config.rate.peak(config.batch_size)
     plan = StepPlan(
@@ -106,7 +94,8 @@ def _plan(config: BenchConfig, method: Method, query: Compression, frozen: int) 
     return plan
 
 
-def _batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
+def make_batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
+    """Return this process's part of a batch."""
     local = config.batch_size // world.size
     sizes = [spec.size for spec in method.views()]
     images = tuple(torch.randn(local, 3, size, size, device=world.device) for size in sizes)
@@ -116,20 +105,25 @@ def _batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
 Case = tuple[Engine, StepPlan]
 
 
-def _alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list[float], list[float]]:
+def alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list[float], list[float]]:
     """Time two cases in turn and return seconds of each round."""
     times: tuple[list[float], list[float]] = ([], [])
     for round_ in range(WARMUP + config.rounds):
         for case, kept in zip((a, b), times, strict=True):
             engine, plan = case
-            batch = _batch(config, world, engine.method)
-            begin = time.perf_counter()
-            engine.step(batch, plan)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
+            took = seconds(engine, make_batch(config, world, engine.method), plan, world)
             if round_ >= WARMUP:
-                kept.append(time.perf_counter() - begin)
+                kept.append(took)
     return times
+
+
+def seconds(engine: Engine, batch: NoiseBatch, plan: StepPlan, world: World) -> float:
+    """Return how long a step takes, until the device has done it."""
+    begin = time.perf_counter()
+    engine.step(batch, plan)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def _measure(

@@ -22,6 +22,10 @@ from pipeline.models.vit import ViT
 from pipeline.schedules import StepPlan
 
 
+# Each reports its loss under a name of its own.
+MAX_TAPS = 6
+
+
 class DecoderRates(Enum):
     """Whose learning rate a decoder has while layers freeze."""
 
@@ -49,16 +53,17 @@ class LocalMIMConfig:
     def __post_init__(self) -> None:
         if not 0 < self.mask < 1:
             raise ValueError(f"method.mask must be a share of the patches in (0, 1), got {self.mask:g}; 0.75 is usual.")
-        if not self.taps or len(self.taps) != len(self.doublings):
+        if not 1 <= len(self.taps) <= MAX_TAPS or len(self.taps) != len(self.doublings):
             raise ValueError(
-                f"method.taps and method.doublings must be of one length, got {self.taps} and {self.doublings}."
+                f"method.taps and method.doublings must be of one length of at most {MAX_TAPS}, "
+                f"got {self.taps} and {self.doublings}."
             )
         if self.taps != sorted(set(self.taps)) or self.taps[0] < 1:
             raise ValueError(f"method.taps must be rising numbers of blocks from 1 on, got {self.taps}.")
         if self.doublings != sorted(set(self.doublings), reverse=True):
             raise ValueError(f"method.doublings must fall: higher blocks predict coarser cells; got {self.doublings}.")
-        if self.bins < 2:
-            raise ValueError(f"method.bins must be at least 2, got {self.bins}; 9 is usual.")
+        if not 2 <= self.bins <= 36:
+            raise ValueError(f"method.bins must be between 2 and 36, got {self.bins}; 9 is usual.")
         if self.decoder_dim < 1 or self.decoder_heads < 1 or self.decoder_dim % (4 * self.decoder_heads):
             raise ValueError(
                 "method.decoder_dim must be a multiple of 4 * method.decoder_heads, "
@@ -71,8 +76,9 @@ class LocalMIMConfig:
 class Tap(nn.Module):
     """A norm and a decoder behind a block, and the size in pixels of the cells that it predicts."""
 
-    def __init__(self, block: int, norm: nn.Module, decoder: PatchDecoder, cell: int) -> None:
+    def __init__(self, number: int, block: int, norm: nn.Module, decoder: PatchDecoder, cell: int) -> None:
         super().__init__()
+        self.name = f"loss_tap{number}"
         self.block, self.cell = block, cell
         self.norm, self.decoder = norm, decoder
 
@@ -90,16 +96,15 @@ class LocalMIM(Method):
         _check(config, encoder)
         if not encoder.config.weights:
             initialize_as_localmim(encoder)
-        self.taps = nn.ModuleList(
-            self._tap(block, doublings) for block, doublings in zip(config.taps, config.doublings, strict=True)
-        )
+        places = zip(config.taps, config.doublings, strict=True)
+        self.taps = nn.ModuleList(self._tap(i, *place) for i, place in enumerate(places, start=1))
 
     def views(self) -> Sequence[ViewSpec]:
         """Return one view: crop and flip."""
         return localmim_views(self.encoder.config.image_size, self.config.crop_min)
 
     def forward(self, batch: Batch, plan: StepPlan) -> StepOutput:
-        """Return the sum of the scales' losses."""
+        """Return the sum of the taps' losses, which are also reported one by one: it loses terms as taps go."""
         (images,) = batch.views
         vit, masking = self.encoder.config, self._masking()
         taps = self.active(plan)
@@ -113,7 +118,7 @@ class LocalMIM(Method):
         targets = self._targets(images, taps)
         for tap in taps:
             predicted = tap.decoder(tap.norm(tokens[tap.block]), visible, vit.grid, vit.grid)
-            losses[f"loss_block{tap.block}"] = masked_error(predicted, targets[tap.cell], masked, vit.grid)
+            losses[tap.name] = masked_error(predicted, targets[tap.cell], masked, vit.grid)
         metrics = {name: loss.detach() for name, loss in losses.items()}
         return StepOutput(torch.stack([*losses.values()]).sum(), metrics | spread(tokens[taps[-1].block][:, 0]))
 
@@ -172,14 +177,14 @@ class LocalMIM(Method):
         # A masked patch is a dropped token: never projected, chosen by the sample's own number.
         return Compression((TokenDropout(self.config.mask),))
 
-    def _tap(self, block: int, doublings: int) -> Tap:
+    def _tap(self, number: int, block: int, doublings: int) -> Tap:
         config, vit = self.config, self.encoder
         # The encoder's last norm, which evaluation uses, is the one behind the last block.
         norm = vit.norm if block == len(vit.blocks) else nn.LayerNorm(vit.embed_dim, eps=1e-6)
         decoder = PatchDecoder(
             vit.embed_dim, config.decoder_dim, config.decoder_heads, doublings, COLORS * config.bins
         )
-        return Tap(block, norm, decoder, _cell(vit.config.patch_size, doublings))
+        return Tap(number, block, norm, decoder, _cell(vit.config.patch_size, doublings))
 
     def _targets(self, images: Tensor, taps: Sequence[Tap]) -> dict[int, Tensor]:
         cells = [tap.cell for tap in taps]

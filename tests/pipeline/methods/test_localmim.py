@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.compression import Compression
+from pipeline.compression.schedule import compression
 from pipeline.methods.localmim import DecoderRates, LocalMIM, LocalMIMConfig, masked_error
 from pipeline.models.hog import hog_targets
 from pipeline.models.positions import sincos_positions
@@ -71,8 +73,8 @@ def test_method_is_the_reference_in_fp64(make_plan: MakePlan) -> None:
     method, batch = make_localmim().double(), make_images()
     output = method(batch, make_plan(method))
     want = reference_loss(method, batch)
-    for block, expected in zip(SMALL["taps"], want, strict=True):  # type: ignore[call-overload]
-        torch.testing.assert_close(output.metrics[f"loss_block{block}"], expected.detach(), atol=1e-12, rtol=0)
+    for number, expected in enumerate(want, start=1):
+        torch.testing.assert_close(output.metrics[f"loss_tap{number}"], expected.detach(), atol=1e-12, rtol=0)
     learning = [p for p in method.parameters() if p.requires_grad]
     got = torch.autograd.grad(output.loss, learning)
     for ours, expected in zip(got, torch.autograd.grad(torch.stack(want).sum(), learning), strict=True):
@@ -117,15 +119,15 @@ def test_a_cell_counts_by_its_masked_share() -> None:
     torch.testing.assert_close(masked_error(predicted[:, 5:6], target[:, :1], masked, 2), torch.tensor(25.0))
 
 
-@pytest.mark.parametrize(("frozen", "left"), [(0, [1, 2, 4]), (1, [1, 2, 4]), (2, [2, 4]), (3, [4]), (4, [4])])
+@pytest.mark.parametrize(("frozen", "left"), [(0, [1, 2, 3]), (1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (4, [3])])
 def test_a_tap_goes_with_its_block(make_plan: MakePlan, frozen: int, left: list[int]) -> None:
     method, batch = make_localmim(), make_images(torch.float32)
     whole = method(batch, make_plan(method)).metrics
     plan = make_plan(method, frozen=frozen)
     output = method(batch, plan)
-    assert [name for name in output.metrics if name.startswith("loss_")] == [f"loss_block{block}" for block in left]
-    for block in left:
-        torch.testing.assert_close(output.metrics[f"loss_block{block}"], whole[f"loss_block{block}"])
+    assert [name for name in output.metrics if name.startswith("loss_")] == [f"loss_tap{tap}" for tap in left]
+    for tap in left:
+        torch.testing.assert_close(output.metrics[f"loss_tap{tap}"], whole[f"loss_tap{tap}"])
     output.loss.backward()
     learns = {name for name, p in method.named_parameters() if p.grad is not None}
     layers = method.layers()
@@ -157,7 +159,8 @@ def test_cost_counts_decoders_and_loses_them_with_their_blocks(make_plan: MakePl
     ("changes", "sentence"),
     [
         ({"mask": 0.0}, r"method\.mask must be a share of the patches in \(0, 1\), got 0; 0\.75"),
-        ({"taps": [1, 4]}, r"method\.taps and method\.doublings must be of one length"),
+        ({"taps": [1, 4]}, r"method\.taps and method\.doublings must be of one length of at most 6"),
+        ({"taps": [1, 2, 3, 4, 5, 6, 7], "doublings": [6, 5, 4, 3, 2, 1, 0]}, r"of one length of at most 6"),
         ({"taps": [2, 1, 4]}, r"method\.taps must be rising"),
         ({"doublings": [0, 1, 2]}, r"method\.doublings must fall"),
         ({"taps": [1, 2, 3]}, r"method\.taps must end with the last of 4 blocks"),
@@ -169,3 +172,15 @@ def test_cost_counts_decoders_and_loses_them_with_their_blocks(make_plan: MakePl
 def test_what_makes_no_sense_is_refused(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_localmim(**changes)
+
+
+@pytest.mark.parametrize("query", [compression(16, 0.0), compression(None, 0.5)])
+def test_compression_is_refused_with_the_reason(make_plan: MakePlan, query: Compression) -> None:
+    method = make_localmim()
+    with pytest.raises(ValueError, match=r"compression does not go with method=localmim: its mask .* 60% of the tokens"):
+        method.tokens(make_plan(method, query))
+
+
+def test_the_models_own_patches_are_no_compression(make_plan: MakePlan) -> None:
+    method = make_localmim()
+    assert method.tokens(make_plan(method, compression(8, 0.0))) == method.tokens(make_plan(method)) == 7

@@ -8,6 +8,7 @@ import torch
 from skimage.feature import hog as skimage_hog
 from torch import Tensor
 
+from pipeline.benchmarks.peers.hog_by_scale import hog_by_scale
 from pipeline.models.hog import hog_targets
 
 
@@ -81,3 +82,10 @@ def test_half_precision_is_not_computed_in(dtype: torch.dtype) -> None:
     (found,) = hog_targets(batch, (8,))
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, hog_targets(batch.float(), (8,))[0], atol=0, rtol=0)
+
+
+def test_one_pass_gives_what_a_pass_for_each_scale_and_color_does() -> None:
+    batch = images(size=64).float()
+    cells = (4, 8, 16, 32)
+    for one, other in zip(hog_targets(batch, cells), hog_by_scale(batch, cells), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)

@@ -1,0 +1,139 @@
+"""Step time, memory and the price of a freeze, frozen layer by frozen layer, against a twin that never freezes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.benchmarks.report import Column, Report
+from pipeline.benchmarks.step import NoiseBatch, alternate, make_batch, make_engine, make_plan
+from pipeline.compression import Compression
+from pipeline.config import BenchConfig
+from pipeline.distributed import World
+from pipeline.engine import Engine
+from pipeline.freezing import FreezeOut
+from pipeline.methods import Method
+from pipeline.schedules import StepPlan
+
+MIB = 2**20
+# Of paper B: ten of a hundred epochs.
+WARMUP = 0.1
+COLUMNS = (
+    Column("frozen", "frozen layers", "d"),
+    Column("milliseconds", "ms/step", ".1f"),
+    Column("ratio", "of unfrozen", ".3f"),
+    Column("ratio_low", "min", ".3f"),
+    Column("ratio_high", "max", ".3f"),
+    Column("ideal", "ideal", ".3f"),
+    Column("realized", "realized", ".2f"),
+    Column("activation_mib", "kept for backward MiB", ".0f"),
+    Column("peak_mib", "peak MiB", ".0f"),
+    Column("optimizer_mib", "optimizer MiB", ".1f"),
+    Column("freeze_seconds", "freeze s", ".2f"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some frozen layers: times as shares of the unfrozen twin's, `ideal` from multiplications, and what is kept."""
+
+    frozen: int
+    milliseconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    ideal: float
+    activation_mib: float
+    peak_mib: float | None
+    optimizer_mib: float
+    freeze_seconds: float
+
+    @property
+    def realized(self) -> float | None:
+        """Return the saved time over the time that could be saved; None where that is nothing."""
+        return (1 - self.ratio) / (1 - self.ideal) if self.ideal < 0.999 else None
+
+
+def bench_freezing(config: BenchConfig, world: World) -> Report:
+    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes, and what that makes of a whole run."""
+    engine, method = make_engine(config, world)
+    twin, _ = make_engine(config, world)
+    baseline = make_plan(config, method, Compression(), 0)
+    rows = []
+    for frozen in range(method.encoder.num_layers):
+        plan = make_plan(config, method, Compression(), frozen)
+        begin = time.perf_counter()
+        engine.freeze(frozen)
+        freeze_seconds = time.perf_counter() - begin
+        unfrozen, seconds = alternate(config, world, (twin, baseline), (engine, plan))
+        ratios = [b / a for a, b in zip(unfrozen, seconds, strict=True)]
+        rows.append(
+            Row(
+                frozen=frozen,
+                milliseconds=1e3 * statistics.median(seconds),
+                ratio=statistics.median(ratios),
+                ratio_low=min(ratios),
+                ratio_high=max(ratios),
+                ideal=method.sample_cost(plan) / method.sample_cost(baseline),
+                activation_mib=kept_for_backward(method, make_batch(config, world, method), plan) / MIB,
+                peak_mib=_peak(engine, make_batch(config, world, method), plan, world),
+                optimizer_mib=engine.optimizer_bytes() / MIB,
+                freeze_seconds=freeze_seconds,
+            )
+        )
+    return Report(COLUMNS, [_fields(row) for row in rows], [whole_run(rows)])
+
+
+def whole_run(rows: list[Row]) -> str:
+    """Say what the steps measured make of a run under paper B's schedule: cubic, t0 = 0.8, 10 % of warm-up."""
+    shares = time_shares(len(rows))
+    ideal = sum(share * (1 - row.ideal) for share, row in zip(shares, rows, strict=True))
+    saved = sum(share * (1 - row.ratio) for share, row in zip(shares, rows, strict=True))
+    rebuilds = sum(row.freeze_seconds for row in rows)
+    return (
+        f"A run of freeze.t0=0.8 freeze.curve=cubic rate.warmup=0.1 and as many steps as without freezing: {saved:.1%} less "
+        f"time of {ideal:.1%} that could be saved, {saved / ideal:.0%} of it, data aside; all {len(rows) - 1} freezes "
+        f"together take {rebuilds:.1f} s."
+    )
+
+
+def time_shares(layers: int) -> list[float]:
+    """Return the share of a run's steps at each number of frozen layers, 0 to all but the last."""
+    times = FreezeOut().freeze_times(layers)
+    ends = [WARMUP + (1 - WARMUP) * time for time in times if time is not None] + [1.0]
+    return [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
+
+
+def kept_for_backward(method: Method, batch: NoiseBatch, plan: StepPlan) -> int:
+    """Return the bytes that a forward keeps for its backward, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = method(batch, plan)
+    del output
+    return sum(kept.values())
+
+
+def _peak(engine: Engine, batch: NoiseBatch, plan: StepPlan, world: World) -> float | None:
+    """Return the most device memory of a step; None on CPU, which does not count it."""
+    if world.device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    engine.step(batch, plan)
+    return torch.cuda.max_memory_allocated() / MIB
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"realized": row.realized}
