@@ -27,7 +27,7 @@ class Warmup(Enum):
     # Its own, as the paper of ViTFreeze says.
     own = "own"
     # The global one, from which it then jumps to its own, as the published code does.
-    shared = "global"
+    shared = "shared"
 
 
 Times = tuple[float | None, ...]

@@ -113,6 +113,7 @@ class Meter:
         vit = self._method.encoder.config
         size = (vit.image_size, vit.patch_size)
         patches = plan.query.num_patches(*size)
+        query, key = self._method.lengths(plan)
         return {
             "learning_rate": plan.learning_rate,
             "weight_decay": plan.weight_decay,
@@ -120,8 +121,8 @@ class Meter:
             "teacher_temperature": plan.teacher_temperature,
             "patch_size_pixels": plan.query.patch_size(vit.patch_size),
             "token_dropout_ratio": 1 - plan.query.keep(patches) / patches,
-            "query_tokens": plan.query.sequence_length(*size),
-            "key_tokens": plan.key.sequence_length(*size),
+            "query_tokens": query,
+            "key_tokens": key,
             "frozen_layers": plan.frozen_layers,
         }
 

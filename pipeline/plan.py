@@ -12,6 +12,7 @@ from data.manifest import Manifest
 from pipeline.compression import FittedAdaptive, NoCompression
 from pipeline.config import PlanConfig, TrainConfig
 from pipeline.freezing import NoFreeze
+from pipeline.interplay import warn_of_early_freezing
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.plots import schedule_picture
@@ -36,6 +37,7 @@ def run(config: PlanConfig) -> None:
     """Print the stages of a run and what its budget buys, and draw its schedules."""
     method = imagine(config)
     schedules = build_schedules(config, method)
+    warn_of_early_freezing(schedules)
     tuner = build_tuner(config, schedules, method, processes=1)
     rows = stages(config, schedules, method)
     print(_table(rows, method))
@@ -84,11 +86,12 @@ def _table(rows: list[StageRow], method: Method) -> str:
     lines = [header]
     for row in rows:
         patches = row.plan.query.num_patches(*size)
+        query, key = method.lengths(row.plan)
         lines.append(
             f"{row.begin:6.1%} - {row.end:6.1%}"
             f"{row.plan.query.patch_size(size[1]):6d}"
             f"{1 - row.plan.query.keep(patches) / patches:9.3f}"
-            f"{row.plan.query.sequence_length(*size):7d}/{row.plan.key.sequence_length(*size):<4d}"
+            f"{query:7d}/{key:<4d}"
             f"{row.cost:12.4f}"
             f"{row.nominal_cost:9.4f}"
             f"{row.plan.frozen_layers:9d} of {len(row.plan.layer_rates):<3d}"

@@ -26,10 +26,11 @@ def schedule_picture(schedules: Schedules, method: Method, path: Path) -> None:
     """Draw what changes over a run: sequence lengths, cost of a sample, layers' learning rates."""
     progress = np.linspace(0, 1, POINTS)[:-1]
     plans = [schedules.at(float(p)) for p in progress]
-    size = (method.encoder.config.image_size, method.encoder.config.patch_size)
     figure, (tokens, cost, rates) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    _steps(tokens, progress, [p.query.sequence_length(*size) for p in plans], "query")
-    _steps(tokens, progress, [p.key.sequence_length(*size) for p in plans], "key", linestyle="--")
+    queries, keys = zip(*(method.lengths(p) for p in plans), strict=True)
+    _steps(tokens, progress, queries, "query")
+    if any(keys):
+        _steps(tokens, progress, keys, "key", linestyle="--")
     tokens.set_ylabel("tokens")
     tokens.legend()
     _steps(cost, progress, [method.sample_cost(p) for p in plans], "real tokens, frozen prefix counted")

@@ -139,6 +139,12 @@ class Method(nn.Module):
         )
         return float(total / Fraction(vit.reference_length))
 
+    def lengths(self, plan: StepPlan) -> tuple[int, int]:
+        """Return the sequence lengths of a query's and a key's forward; a method without keys has 0 of them."""
+        vit = self.encoder.config
+        query, key = (c.sequence_length(vit.image_size, vit.patch_size) for c in (plan.query, plan.key))
+        return query, key
+
     def tokens(self, plan: StepPlan) -> int:
         """Return the tokens that enter backbones for one sample, all forwards together."""
         base = self.encoder.config.patch_size

@@ -32,7 +32,7 @@ class DecoderRates(Enum):
     # That of the block it is attached to, as in the published code of ViTFreeze.
     tapped = "tapped"
     # The global one, as its paper says.
-    heads = "global"
+    shared = "shared"
 
 
 @dataclass
@@ -142,6 +142,10 @@ class LocalMIM(Method):
             )
         return [Forward(vit.image_size, self._masking(), True)]
 
+    def lengths(self, plan: StepPlan) -> tuple[int, int]:
+        """Return the class token and the visible patches; there are no keys."""
+        return self.tokens(plan), 0
+
     def layers(self) -> list[list[nn.Parameter]]:
         """Return the encoder's layers, each with the norm and decoder behind it if they share its rate."""
         layers = self.encoder.layers()
@@ -152,7 +156,7 @@ class LocalMIM(Method):
 
     def attached(self) -> dict[int, list[nn.Parameter]]:
         """Return the norms and decoders by block if they learn at the global rate."""
-        return self._behind_blocks() if self.config.decoder_rates is DecoderRates.heads else {}
+        return self._behind_blocks() if self.config.decoder_rates is DecoderRates.shared else {}
 
     def _behind_blocks(self) -> dict[int, list[nn.Parameter]]:
         return {tap.block: list(tap.parameters()) for tap in self.taps if isinstance(tap, Tap)}

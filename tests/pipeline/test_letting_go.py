@@ -214,10 +214,10 @@ TOLERANCES = {
     [
         ("localmim", 0, "fp32", 1, "tapped"),
         ("localmim", 0, "bf16", 2, "tapped"),
-        ("localmim", 1, "fp32", 2, "global"),
-        ("localmim", 1, "bf16", 2, "global"),
+        ("localmim", 1, "fp32", 2, "shared"),
+        ("localmim", 1, "bf16", 2, "shared"),
         ("localmim", 2, "fp32", 2, "tapped"),
-        ("localmim", 2, "bf16", 1, "global"),
+        ("localmim", 2, "bf16", 1, "shared"),
         ("moco", 0, "fp32", 2, "tapped"),
         ("moco", 1, "bf16", 1, "tapped"),
         ("moco", 2, "fp32", 2, "tapped"),

@@ -137,7 +137,7 @@ def test_a_tap_goes_with_its_block(make_plan: MakePlan, frozen: int, left: list[
 
 
 def test_decoders_follow_their_block_or_the_global_rate() -> None:
-    tapped, heads = make_localmim(), make_localmim(decoder_rates=DecoderRates.heads)
+    tapped, heads = make_localmim(), make_localmim(decoder_rates=DecoderRates.shared)
     for method, count in ((tapped, 2), (heads, 0)):
         own = {id(p) for layer in method.layers() for p in layer}
         inside = [all(id(p) in own for p in tap.decoder.parameters()) for tap in method.taps]
