@@ -31,6 +31,7 @@ ROOTS: dict[str, tuple[str, str]] = {
     "evaluate": (RUNS, "EvaluateConfig"),
     "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),
+    "compare-freezing": (RUNS, "CompareFreezingConfig"),
     "study": (RUNS, "StudyConfig"),
     "bench": (RUNS, "BenchConfig"),
     "demo": (RUNS, "DemoConfig"),

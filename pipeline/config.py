@@ -194,6 +194,27 @@ class CompareConfig:
 
 
 @dataclass
+class CompareFreezingConfig:
+    """Runs of one experiment without freezing, with it, and cut short at the cost of the frozen one."""
+
+    shards: str = MISSING
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    val: str = ""
+    output: str = "runs/compare-freezing"
+    # The experiment that all runs start from.
+    baseline: str = "small_localmim"
+    # Steps of the runs that are not cut short.
+    steps: int = 400
+    # Support samples of the k-NN evaluations; 0 takes all.
+    support: int = 5000
+
+    def __post_init__(self) -> None:
+        _check_support(self.support)
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}; 400 take minutes a run on two cores.")
+
+
+@dataclass
 class StudyConfig:
     """Baseline, analysis, schedule, and runs of one budget without compression, constant, staged and adaptive."""
 

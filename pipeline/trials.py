@@ -74,7 +74,7 @@ def check(task: Task, trials: Sequence[Trial]) -> None:
         ValueError: shards that are not whole, or have no labels or not the same ones; a patch size or a dropout that a
             model does not take; a budget that some run spends in its first step.
     """
-    _check_shards(task)
+    check_shards(task)
     costs = {trial.run: cost_of_step(task, trial) for trial in trials}
     dearest = max(costs, key=lambda run: costs[run])
     if task.budget <= costs[dearest]:
@@ -123,6 +123,13 @@ def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
+def seconds_of_steps(rows: list[dict[str, float]]) -> float:
+    """Return the seconds that the steps of a run took, without start and saves."""
+    training = [row for row in rows if "loss" in row]
+    before = [0.0, *(row["steps_total"] for row in training)]
+    return sum(row["step_seconds"] * (row["steps_total"] - b) for row, b in zip(training, before, strict=False))
+
+
 def caveats(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Say what the table's columns are not, and which of its rows say little."""
     logged = ", ".join(f"{step:.0f}" for step in sorted({row["step_first"] for row in rows}))
@@ -136,7 +143,8 @@ def caveats(rows: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _check_shards(task: Task) -> None:
+def check_shards(task: Task) -> None:
+    """Raise ValueError for shards that are not whole, or have no labels or not the same ones."""
     train, val = task.shards, task.val or task.shards
     sets = {shards: Manifest.load(Path(shards)) for shards in (train, val)}
     if not sets[train].classes:

@@ -9,7 +9,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted(p for room in ("pipeline", "data", "monitoring") for p in (REPOSITORY / room).rglob("*.py"))
 COMMANDS = {
-    f"pipeline.{name}" for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "study", "demo")
+    f"pipeline.{name}"
+    for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "compare_freezing", "study", "demo")
 }
 
 # A room may import itself and what stands here; what is not listed is forbidden. Longest name first wins.
@@ -22,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.freezing": set(),
     "pipeline.optim": set(),
     "pipeline.gradients": set(),
+    "pipeline.optimizer_state": set(),
     "pipeline.preemption": set(),
     "pipeline.losses": {"pipeline.distributed"},
     "pipeline.models": {"pipeline.compression", "pipeline.distributed"},
@@ -35,7 +37,14 @@ ARROWS: dict[str, set[str]] = {
         "data.views",
         "data.recipes",
     },
-    "pipeline.engine": {"pipeline.methods", "pipeline.optim", "pipeline.gradients", "pipeline.schedules"},
+    "pipeline.interplay": {"pipeline.compression", "pipeline.schedules"},
+    "pipeline.engine": {
+        "pipeline.gradients",
+        "pipeline.methods",
+        "pipeline.optim",
+        "pipeline.optimizer_state",
+        "pipeline.schedules",
+    },
     "pipeline.skips": {
         "pipeline.distributed",
         "pipeline.engine",
@@ -85,12 +94,14 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.schedules",
     },
     "pipeline.study_plots": {"pipeline.plots"},
+    "pipeline.freezing_plots": {"pipeline.plots"},
     "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.compression",
         "pipeline.config",
         "pipeline.distributed",
         "pipeline.engine",
+        "pipeline.freezing",
         "pipeline.methods",
         "pipeline.models",
         "pipeline.optim",

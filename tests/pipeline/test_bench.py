@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.bench import BENCHMARKS, run
+from pipeline.benchmarks.freezing import Row, kept_for_backward, time_shares, whole_run
 from pipeline.compose import load
 
 SMALL = ["model.name=vit_tiny_patch16_224", "model.image_size=32", "model.patch_size=8", "model.depth=2"]
@@ -25,10 +27,56 @@ def test_cells_against_the_uncompressed_step(tmp_path: Path, capsys: pytest.Capt
     assert "realized" in capsys.readouterr().out
 
 
-def test_frozen_layers_against_a_twin(tmp_path: Path) -> None:
+def test_frozen_layers_against_a_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measure(tmp_path, "what=freezing")
-    assert [r["promised"] for r in rows] == pytest.approx([1.0, 1.0, 4 / 3, 2.0])
+    assert [r["frozen"] for r in rows] == [0, 1, 2]
+    # One of two blocks keeps its forward and loses its backward: of 3 + 1 forwards one is gone.
+    assert [r["ideal"] for r in rows] == pytest.approx([1.0, 1.0, 3 / 4])
     assert all(r["milliseconds"] > 0 for r in rows)
+    assert rows[0]["optimizer_mib"] > rows[1]["optimizer_mib"] > rows[2]["optimizer_mib"]
+    assert rows[1]["activation_mib"] > 1.2 * rows[2]["activation_mib"]
+    assert rows[2]["realized"] == pytest.approx((1 - rows[2]["ratio"]) / (1 / 4))
+    assert "that could be saved" in capsys.readouterr().out
+
+
+def test_what_is_kept_for_the_backward_is_counted_once_and_without_parameters() -> None:
+    class Squares(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def forward(self, batch: torch.Tensor, plan: object) -> torch.Tensor:
+            product = self.weight * batch  # keeps both: the weight is no activation
+            return (product * product).sum()  # keeps the product twice
+
+    assert kept_for_backward(Squares(), torch.ones(1000), None) == 2 * 4000  # type: ignore[arg-type]
+
+
+def test_a_whole_run_is_made_of_its_steps() -> None:
+    shares = time_shares(13)
+    assert sum(shares) == pytest.approx(1.0)
+    # Paper B: the first layer freezes after 56.08 of 100 epochs, the last but one after 95.57.
+    assert (shares[0], shares[-1]) == pytest.approx((0.5608, 1 - 0.9557), abs=1e-4)
+    rows = [Row(i, 100.0, 1 - 0.04 * i, 1.0, 1.0, 1 - 0.05 * i, 0, None, 0, 0.5 * (i > 0)) for i in range(13)]
+    frozen = sum(share * i for i, share in enumerate(shares))
+    said = whole_run(rows)
+    assert f"{0.04 * frozen:.1%} less time of {0.05 * frozen:.1%} that could be saved, 80% of it" in said
+    assert "all 12 freezes together take 6.0 s" in said
+
+
+def test_targets_are_measured_both_ways(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    words = [w for w in SMALL if not w.startswith("method.")]
+    words += ["method=localmim", "method.taps=[1,2]", "method.doublings=[1,0]", "method.decoder_dim=32"]
+    run(load("bench", [*words, "what=targets", f"output={output}"]))
+    ours, theirs = json.loads(output.read_text())["rows"]
+    assert (ours["case"], ours["ratio"]) == ("one pass", 1.0)
+    assert theirs["milliseconds"] > 0
+
+
+def test_targets_of_other_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="what=targets measures LocalMIM's; say method=localmim"):
+        run(load("bench", [*SMALL, "what=targets"]))
 
 
 def test_an_unknown_benchmark_is_refused_with_the_names_of_all() -> None:

@@ -1,0 +1,101 @@
+"""Command: a run without freezing, frozen in two ways for as many steps, and cut short at the cost of a frozen one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmarks.report import Column, Report
+from pipeline.children import metrics_of, own_directory
+from pipeline.config import CompareFreezingConfig
+from pipeline.freezing_plots import freezing_picture
+from pipeline.trials import Task, Trial, caveats, check_shards, seconds_of_steps
+
+MARKER = ".coldpress-compare-freezing"
+UNFROZEN, UNSCALED, SCALED, SHORTENED = "unfrozen", "frozen", "frozen, scaled", "shortened"
+COLUMNS = (
+    Column("case", "run"),
+    Column("steps", "steps", ",.0f"),
+    Column("units", "cost", ",.0f"),
+    Column("cost_ratio", "of unfrozen", ".3f"),
+    Column("seconds", "seconds of steps", ",.0f"),
+    Column("time_ratio", "of unfrozen", ".3f"),
+    Column("realized", "realized", ".2f"),
+    Column("last_loss", "last term of loss", ".4f"),
+    Column("knn_init", "k-NN from", ".1%"),
+    Column("knn", "to", ".1%"),
+    Column("optimizer_mib", "optimizer MiB at the end", ".1f"),
+)
+
+
+def run(config: CompareFreezingConfig) -> None:
+    """Train four times and print one table.
+
+    Raises:
+        ValueError: shards without labels or not whole, an output that holds something else, a command that failed.
+    """
+    task = Task(config.shards, config.val, config.steps, config.support, config.output)
+    check_shards(task)
+    output = own_directory(Path(config.output), MARKER)
+    rows: list[dict[str, Any]] = []
+    for case in (UNFROZEN, UNSCALED, SCALED, SHORTENED):
+        rows.append(_row(task, case, trial(config, case, rows), rows))
+    report = Report(COLUMNS, rows, [verdict(rows), *caveats(rows)])
+    print(report.table())
+    report.write(output / "compare-freezing.json", "compare-freezing", asdict(config))
+    freezing_picture({row["case"]: metrics_of(output / row["run"]) for row in rows}, output / "compare-freezing.png")
+    print(f"picture: {output / 'compare-freezing.png'}")
+
+
+def trial(config: CompareFreezingConfig, case: str, rows: list[dict[str, Any]]) -> Trial:
+    """Return a run; the shortened one has the cost of the frozen one that came before."""
+    words = {
+        UNFROZEN: ("freeze=none", "budget.unit=steps"),
+        UNSCALED: ("freeze=freezeout", "budget.unit=steps"),
+        SCALED: ("freeze=freezeout", "freeze.scaled=true", "budget.unit=steps"),
+    }
+    if case == SHORTENED:
+        units = next(row["units"] for row in rows if row["case"] == UNSCALED)
+        return Trial("shortened", config.baseline, ("freeze=none", "budget.unit=cost", f"budget.value={units}"))
+    return Trial(case.replace(", ", "-"), config.baseline, words[case])
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Say which run is best at the frozen run's cost, by k-NN."""
+    equal = [row for row in rows if row["case"] != UNFROZEN]
+    best = max(equal, key=lambda row: float(row["knn"]))
+    others = ", ".join(f"{row['case']} {row['knn']:.1%}" for row in equal if row is not best)
+    whole = next(row for row in rows if row["case"] == UNFROZEN)
+    return (
+        f"At the cost of the frozen run the best by k-NN is: {best['case']}, {best['knn']:.1%} ({others}); "
+        f"unfrozen at full cost {whole['knn']:.1%}. One seed: a point either way is noise."
+    )
+
+
+def _row(task: Task, case: str, trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    trained = trial.train(task)
+    # The untrained encoder is the same for all.
+    untrained = rows[0]["knn_init"] if rows else trial.evaluate(task, "init")
+    metrics = [row for row in metrics_of(Path(task.output) / trial.run) if "loss" in row]
+    row = {
+        "case": case,
+        "run": trial.run,
+        **trained,
+        "units": metrics[-1]["cost_total"],
+        "seconds": seconds_of_steps(metrics),
+        "last_loss": _last_term(metrics[-1]),
+        "optimizer_mib": metrics[-1]["optimizer_bytes"] / 2**20,
+        "knn_init": untrained,
+        "knn": trial.evaluate(task, "latest"),
+    }
+    whole = rows[0] if rows else row
+    row["cost_ratio"], row["time_ratio"] = row["units"] / whole["units"], row["seconds"] / whole["seconds"]
+    row["realized"] = (1 - row["time_ratio"]) / (1 - row["cost_ratio"]) if rows else None
+    return row
+
+
+def _last_term(metrics: dict[str, float]) -> float:
+    """Return the term of the loss that stays to the end: LocalMIM's others go with their blocks."""
+    terms = sorted(name for name in metrics if name.startswith("loss_tap"))
+    return metrics[terms[-1]] if terms else metrics["loss"]

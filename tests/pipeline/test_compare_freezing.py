@@ -1,0 +1,82 @@
+"""A frozen run against an unfrozen one and against one of its own cost, and what is said of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.children import coldpress
+from pipeline.compare_freezing import run, trial, verdict
+from pipeline.compose import load
+from pipeline.config import CompareFreezingConfig
+from pipeline.freezing_plots import freezes
+from pipeline.trials import seconds_of_steps
+
+
+def configured(*words: str) -> CompareFreezingConfig:
+    config: CompareFreezingConfig = load("compare-freezing", [*words])
+    return config
+
+
+def test_the_runs_differ_in_freezing_and_length_only() -> None:
+    config = configured("shards=x")
+    assert trial(config, "unfrozen", []).words == ("freeze=none", "budget.unit=steps")
+    assert trial(config, "frozen", []).words == ("freeze=freezeout", "budget.unit=steps")
+    assert "freeze.scaled=true" in trial(config, "frozen, scaled", []).words
+    rows = [{"case": "unfrozen", "units": 100.0}, {"case": "frozen", "units": 81.5}]
+    shortened = trial(config, "shortened", rows)
+    assert shortened.words == ("freeze=none", "budget.unit=cost", "budget.value=81.5")
+    assert shortened.experiment == "small_localmim"
+
+
+def test_the_verdict_is_of_what_costs_the_same() -> None:
+    accuracies = {"unfrozen": 0.9, "frozen": 0.3, "frozen, scaled": 0.25, "shortened": 0.4}
+    said = verdict([{"case": case, "knn": knn} for case, knn in accuracies.items()])
+    assert "is: shortened, 40.0% (frozen 30.0%, frozen, scaled 25.0%); unfrozen at full cost 90.0%" in said
+
+
+def test_seconds_are_those_of_steps_and_freezes_are_found() -> None:
+    rows = [
+        {"loss": 1.0, "step": 10, "steps_total": 10, "step_seconds": 2.0, "frozen_layers": 0},
+        {"checkpoint_seconds": 5.0},
+        {"loss": 1.0, "step": 14, "steps_total": 14, "step_seconds": 1.0, "frozen_layers": 2},
+    ]
+    assert seconds_of_steps(rows) == 24.0  # type: ignore[arg-type]
+    assert freezes(rows) == [14]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["steps=1"], r"steps must be at least 2, got 1; 400 take minutes"), (["support=-1"], r"support must be a number")],
+)
+def test_refusals(words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        configured("shards=x", *words)
+
+
+def test_a_comparison(
+    tmp_path: Path, drawn_shards: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["model.depth=2", "method.taps=[1,2]", "method.doublings=[1,0]", "log_every=2", "batch_size=32"]
+
+    def on_two_blocks(command: str, *words: str) -> None:
+        coldpress(command, *words, *(small if command == "train" else []))
+
+    monkeypatch.setattr("pipeline.trials.coldpress", on_two_blocks)
+    run(configured(f"shards={drawn_shards}", f"output={tmp_path / 'out'}", f"val={drawn_shards}", "steps=20", "support=0"))
+    said = capfd.readouterr().out
+    assert "At the cost of the frozen run the best by k-NN is:" in said
+    assert "freeze.see_whole" not in said
+    rows = {row["case"]: row for row in json.loads((tmp_path / "out" / "compare-freezing.json").read_text())["rows"]}
+    assert {case: row["steps"] for case, row in rows.items() if case != "shortened"} == {
+        "unfrozen": 20,
+        "frozen": 20,
+        "frozen, scaled": 20,
+    }
+    frozen, shortened = rows["frozen"], rows["shortened"]
+    assert frozen["cost_ratio"] < 0.95
+    # The shortened run stops once it has spent as much: at most a step more.
+    assert frozen["units"] <= shortened["units"] < frozen["units"] + rows["unfrozen"]["units"] / 20 + 1e-6
+    assert frozen["optimizer_mib"] < 0.8 * rows["unfrozen"]["optimizer_mib"]
+    assert shortened["optimizer_mib"] == rows["unfrozen"]["optimizer_mib"]
+    assert (tmp_path / "out" / "compare-freezing.png").stat().st_size > 10_000
