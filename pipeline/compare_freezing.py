@@ -78,7 +78,7 @@ def _row(task: Task, case: str, trial: Trial, rows: list[dict[str, Any]]) -> dic
     # The untrained encoder is the same for all.
     untrained = rows[0]["knn_init"] if rows else trial.evaluate(task, "init")
     metrics = [row for row in metrics_of(Path(task.output) / trial.run) if "loss" in row]
-    row = {
+    row: dict[str, Any] = {
         "case": case,
         "run": trial.run,
         **trained,

@@ -81,7 +81,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
-            raise ValueError(f"engine.stage must be one of {', '.join(map(str, STAGES))}, got {self.stage}; 1 is usual.")
+            raise ValueError(
+                f"engine.stage must be one of {', '.join(map(str, STAGES))}, got {self.stage}; 1 is usual."
+            )
         if self.max_skipped < 1:
             raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
 
@@ -155,14 +157,15 @@ class Engine:
         for parameter in self._last_layer:
             parameter.requires_grad_(True)
         self._frozen_layers = frozen_layers
-        old, self._engine = self._engine, None
-        kept = optimizer_state.take(old, self._live_names())
-        optimizer_state.retire(old)
-        del old
+        kept = optimizer_state.take(self._engine, self._live_names())
+        optimizer_state.retire(self._engine)
+        del self._engine, self._norms
         self._start()
         optimizer_state.put(self._engine, kept)
         seconds = time.perf_counter() - begin
-        log.info("frozen: %d of %d layers; the optimizer let go of them in %.2f s", frozen_layers, len(self._layers), seconds)
+        log.info(
+            "frozen: %d of %d layers; the optimizer let go of them in %.2f s", frozen_layers, len(self._layers), seconds
+        )
 
     def optimizer_bytes(self) -> int:
         """Return the size of the master weights and moments that this process keeps."""
@@ -217,6 +220,7 @@ class Engine:
             decay_vectors=self._optim.decay_vectors,
         )
         self._names = [group["name"] for group in groups]
+        self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=self.method,
             optimizer=adamw(groups, self._optim),

@@ -97,7 +97,7 @@ class FreezeOut(FreezeSchedule):
         if earliest >= 1 and self.t0 < 1:
             raise ValueError(
                 f"freeze.see_whole={self.see_whole:g}: the compression leaves no layer that much of the run with whole "
-                "images, so none would freeze; end the compression earlier, say freeze=none, or leave freeze.see_whole out."
+                "images, so none would freeze; end the compression earlier, say freeze=none, or leave it out."
             )
         return tuple(t if t < 1 else None for t in (max(t, earliest) for t in times))
 

@@ -31,7 +31,9 @@ def freezing_picture(runs: Mapping[str, Metrics], path: Path) -> None:
         for axis, values in curves.items():
             axis.plot(steps, values, color=color, linestyle=dashes, label=name)
     events = freezes(next((each for each in runs.values() if each[-1].get("frozen_layers")), ()))
-    for axis, what in zip(axes.flat, ("ms / step", "optimizer, MiB", "frozen layers", "loss, terms that are left"), strict=True):
+    for axis, what in zip(
+        axes.flat, ("ms / step", "optimizer, MiB", "frozen layers", "loss, terms that are left"), strict=True
+    ):
         _finish(axis, what, events)
     axes[0, 0].legend()
     save(figure, path)

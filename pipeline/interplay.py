@@ -35,7 +35,8 @@ def warn_of_early_freezing(schedules: Schedules) -> None:
     never = math.isinf(schedules.whole_from)
     since = "never come in this run" if never else f"come from {schedules.whole_from:.1%} of the budget on"
     log.warning(
-        "%d layers freeze from %.1f%% of the budget on, but images in the model's own patches and without dropout %s; %s",
+        "%d layers freeze from %.1f%% of the budget on, but images in the model's own patches and without dropout "
+        "%s; %s",
         len(early),
         100 * schedules.freezes()[0],
         since,

@@ -19,7 +19,7 @@ _HOOKS = ("module_forward_pre_hook", "module_forward_post_hook", "first_dataload
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """By name and number within it: the master weights and what the optimizer knows of them; and the engine's counters."""
+    """By group and number within it: master weights and what the optimizer knows of them; and the engine's counters."""
 
     parts: dict[tuple[str, int], tuple[Tensor, dict[str, Any]]]
     counters: dict[str, int]
@@ -28,7 +28,9 @@ class OptimizerState:
 def take(engine: Any, names: Container[str]) -> OptimizerState:
     """Return the state of the parameter groups of these names."""
     inner = _inner(engine.optimizer)
-    parts = {key: (master, inner.state.get(master, {})) for key, master in _masters(engine.optimizer) if key[0] in names}
+    parts = {
+        key: (master, inner.state.get(master, {})) for key, master in _masters(engine.optimizer) if key[0] in names
+    }
     return OptimizerState(parts, {name: getattr(engine, name) for name in _COUNTERS})
 
 
@@ -58,7 +60,7 @@ def num_bytes(engine: Any) -> int:
 def retire(engine: Any) -> None:
     """Let go of an engine: without this its hooks on the module would keep all its memory, and go on running."""
     for name in _HOOKS:
-        hook = getattr(engine, name, None)
+        hook: Any = getattr(engine, name, None)
         if hasattr(hook, "remove"):
             hook.remove()
     if hasattr(engine.optimizer, "unregister_grad_acc_post_hooks"):

@@ -74,7 +74,9 @@ def test_no_two_rows_are_the_same_run() -> None:
 
 
 def test_the_document_has_the_rows_with_their_accuracies_and_costs() -> None:
-    found = re.findall(r"^\| (.+?) \| `(experiment=localmim\S*(?: \S+)*)` \| ([\d.]*) \| .*? \| ([\d.]+) % \|$", DOCUMENT, re.M)
+    found = re.findall(
+        r"^\| (.+?) \| `(experiment=localmim\S*(?: \S+)*)` \| ([\d.]*) \| .*? \| ([\d.]+) % \|$", DOCUMENT, re.M
+    )
     assert [(t, tuple(w.split()), a) for t, w, a, _ in found] == [(r.title, r.words, r.accuracy) for r in ROWS]
     whole = cost("experiment=localmim_in1k")
     for (_, words, _, printed), row in zip(found, ROWS, strict=True):

@@ -96,9 +96,9 @@ def whole_run(rows: list[Row]) -> str:
     saved = sum(share * (1 - row.ratio) for share, row in zip(shares, rows, strict=True))
     rebuilds = sum(row.freeze_seconds for row in rows)
     return (
-        f"A run of freeze.t0=0.8 freeze.curve=cubic rate.warmup=0.1 and as many steps as without freezing: {saved:.1%} less "
-        f"time of {ideal:.1%} that could be saved, {saved / ideal:.0%} of it, data aside; all {len(rows) - 1} freezes "
-        f"together take {rebuilds:.1f} s."
+        "A run of freeze.t0=0.8 freeze.curve=cubic rate.warmup=0.1 and as many steps as without freezing: "
+        f"{saved:.1%} less time of {ideal:.1%} that could be saved, {saved / ideal:.0%} of it, data aside; "
+        f"all {len(rows) - 1} freezes together take {rebuilds:.1f} s."
     )
 
 

@@ -21,7 +21,6 @@ from pipeline.models.initialization import initialize_as_localmim
 from pipeline.models.vit import ViT
 from pipeline.schedules import StepPlan
 
-
 # Each reports its loss under a name of its own.
 MAX_TAPS = 6
 
@@ -175,7 +174,7 @@ class LocalMIM(Method):
         visible = self._masking().keep(vit.grid**2)
         decoders = sum(tap.decoder.weights_per_image(visible, vit.grid) for tap in self.active(plan))
         per_token = sum(p.numel() for block in self.encoder.blocks for p in block.parameters() if p.dim() == 2)
-        return decoders / (vit.reference_length * per_token)
+        return float(decoders / (vit.reference_length * per_token))
 
     def _masking(self) -> Compression:
         # A masked patch is a dropped token: never projected, chosen by the sample's own number.
@@ -185,9 +184,7 @@ class LocalMIM(Method):
         config, vit = self.config, self.encoder
         # The encoder's last norm, which evaluation uses, is the one behind the last block.
         norm = vit.norm if block == len(vit.blocks) else nn.LayerNorm(vit.embed_dim, eps=1e-6)
-        decoder = PatchDecoder(
-            vit.embed_dim, config.decoder_dim, config.decoder_heads, doublings, COLORS * config.bins
-        )
+        decoder = PatchDecoder(vit.embed_dim, config.decoder_dim, config.decoder_heads, doublings, COLORS * config.bins)
         return Tap(number, block, norm, decoder, _cell(vit.config.patch_size, doublings))
 
     def _targets(self, images: Tensor, taps: Sequence[Tap]) -> dict[int, Tensor]:
@@ -204,7 +201,7 @@ def masked_error(predicted: Tensor, target: Tensor, masked: Tensor, grid: int) -
     """
     error = (predicted.to(target.dtype) - target).square().mean(2)
     side = round(error.shape[1] ** 0.5)
-    weight = _resample(masked.to(target.dtype).unflatten(1, (grid, grid)), side).flatten(1)
+    weight = _resample(torch.unflatten(masked.to(target.dtype), 1, (grid, grid)), side).flatten(1)
     return (error * weight).sum() / weight.sum()
 
 

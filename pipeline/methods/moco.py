@@ -132,9 +132,7 @@ class MoCo(Method):
 
     def _features(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
         queries, _ = self._views(plan)
-        return encode(
-            self.encoder, batch, queries, frozen_layers=plan.frozen_layers, stochastic=True, prefix=prefix
-        )
+        return encode(self.encoder, batch, queries, frozen_layers=plan.frozen_layers, stochastic=True, prefix=prefix)
 
     def _keys(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
         _, keys = self._views(plan)

@@ -11,7 +11,6 @@ from pipeline.compression import Compression
 from pipeline.methods.base import Batch
 from pipeline.models.vit import Known, ViT
 
-
 Group = tuple[tuple[int, ...], Compression]
 """Views that go through a backbone together, and the compression that they have in common."""
 

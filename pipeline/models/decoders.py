@@ -15,8 +15,8 @@ from pipeline.models.positions import sincos_positions
 class PatchDecoder(nn.Module):
     """Visible tokens -> a prediction for every cell of the image: one block of width `dim`, then a convolutional head.
 
-    Section 3.2 and Table 8 of Wang et al., 2023: the tokens between the patches' own are one learned mask token, told apart by
-    fixed positions; 2^doublings cells lie along the side of a patch.
+    Section 3.2 and Table 8 of Wang et al., 2023: the tokens between the patches' own are one learned mask token, told
+    apart by fixed positions; 2^doublings cells lie along the side of a patch.
     """
 
     def __init__(self, in_dim: int, dim: int, heads: int, doublings: int, out_dim: int) -> None:
@@ -48,7 +48,7 @@ class PatchDecoder(nn.Module):
     def weights_per_image(self, visible: int, grid: int) -> int:
         """Return the multiplications of one image by weights; attention's inner products are not counted."""
         linear = sum(p.numel() for p in self.block.parameters() if p.dim() == 2)
-        total = (visible + 1) * self.embed.weight.numel() + (grid**2 + 1) * linear
+        total: int = (visible + 1) * self.embed.weight.numel() + (grid**2 + 1) * linear
         places = grid**2
         for module in self.predict:
             if isinstance(module, nn.AvgPool2d):
@@ -71,9 +71,9 @@ class _ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of [B, C, H, W]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(
-            input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
-        ).permute(0, 3, 1, 2)
+        return F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
 
 
 def _prediction_head(dim: int, doublings: int, out_dim: int) -> nn.Sequential:

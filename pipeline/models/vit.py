@@ -110,7 +110,7 @@ class ViT(nn.Module):
         stochastic: bool = False,
         known: Known | None = None,
     ) -> dict[int, Tensor]:
-        """Return the tokens [B, 1 + kept, D] after some blocks, counted from 1; what else goes in is as in `forward`."""
+        """Return the tokens [B, 1 + kept, D] after some blocks, counted from 1; the rest is as in `forward`."""
         scales: list[Tensor | None] = [None] * len(self.blocks)
         if stochastic and self.config.stochastic_depth:
             scales = [*residual_scales(index, self.config.stochastic_depth, len(self.blocks), self.seed, stream)]

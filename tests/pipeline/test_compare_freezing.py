@@ -47,7 +47,10 @@ def test_seconds_are_those_of_steps_and_freezes_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["steps=1"], r"steps must be at least 2, got 1; 400 take minutes"), (["support=-1"], r"support must be a number")],
+    [
+        (["steps=1"], r"steps must be at least 2, got 1; 400 take minutes"),
+        (["support=-1"], r"support must be a number"),
+    ],
 )
 def test_refusals(words: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -63,7 +66,11 @@ def test_a_comparison(
         coldpress(command, *words, *(small if command == "train" else []))
 
     monkeypatch.setattr("pipeline.trials.coldpress", on_two_blocks)
-    run(configured(f"shards={drawn_shards}", f"output={tmp_path / 'out'}", f"val={drawn_shards}", "steps=20", "support=0"))
+    run(
+        configured(
+            f"shards={drawn_shards}", f"output={tmp_path / 'out'}", f"val={drawn_shards}", "steps=20", "support=0"
+        )
+    )
     said = capfd.readouterr().out
     assert "At the cost of the frozen run the best by k-NN is:" in said
     assert "freeze.see_whole" not in said

@@ -27,7 +27,9 @@ SCHEDULES = [
 
 
 def schedules_of(compression: CompressionSchedule, freeze: FreezeSchedule) -> Schedules:
-    method = build_method(MoCoConfig(hidden_dim=8, out_dim=8), ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 4, 3), 0))
+    method = build_method(
+        MoCoConfig(hidden_dim=8, out_dim=8), ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 4, 3), 0)
+    )
     rate = RateConfig(warmup=0.1)
     start = whole_from(compression, 32, 8)
     return Schedules(rate, 1e-3, OptimConfig().weight_decay_at, compression, freeze, 5, method, start)

@@ -177,7 +177,9 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, object], sentence: st
 @pytest.mark.parametrize("query", [compression(16, 0.0), compression(None, 0.5)])
 def test_compression_is_refused_with_the_reason(make_plan: MakePlan, query: Compression) -> None:
     method = make_localmim()
-    with pytest.raises(ValueError, match=r"compression does not go with method=localmim: its mask .* 60% of the tokens"):
+    with pytest.raises(
+        ValueError, match=r"compression does not go with method=localmim: its mask .* 60% of the tokens"
+    ):
         method.tokens(make_plan(method, query))
 
 

@@ -79,4 +79,6 @@ def test_prototypes_and_targets_of_a_bf16_dino_are_fp32() -> None:
     bottleneck = method.head.mlp(features)
     want = exact.prototypes(torch.nn.functional.normalize(bottleneck.double(), dim=1))
     torch.testing.assert_close(logits.double(), want, atol=1e-6, rtol=0)
-    assert {each.dtype for each in method._teach(make_crops(method, 0), step_plan(method), {}).values()} == {torch.float32}
+    assert {each.dtype for each in method._teach(make_crops(method, 0), step_plan(method), {}).values()} == {
+        torch.float32
+    }

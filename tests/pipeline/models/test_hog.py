@@ -31,8 +31,8 @@ def literal(image: np.ndarray, cell: int, bins: int) -> np.ndarray:
 
 
 def images(count: int = 2, size: int = 32, seed: int = 0) -> Tensor:
-    # Whole numbers, so that no order of sums rounds: at the mirrored edges one difference is zero, and the least rounding
-    # would turn its sign, and with it the bin.
+    # Whole numbers, so that no order of sums rounds: at the mirrored edges one difference is zero, and the least
+    # rounding would turn its sign, and with it the bin.
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (count, 3, size, size), generator=generator).double()
 
