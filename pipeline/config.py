@@ -180,7 +180,7 @@ class CompareConfig:
     patch_size: int = 8
     dropout: float = 0.5
     # Units of cost of each run.
-    budget: float = 90e3
+    budget: float = 120e3
     # Support samples of the k-NN evaluations; 0 takes all.
     support: int = 5000
 
@@ -190,7 +190,7 @@ class CompareConfig:
             raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
         _check_support(self.support)
         if not 0 < self.budget < math.inf:
-            raise ValueError(f"budget must be above 0, got {self.budget:g}; 90e3 takes minutes a run on two cores.")
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
 
 
 @dataclass

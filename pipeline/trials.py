@@ -80,7 +80,7 @@ def check(task: Task, trials: Sequence[Trial]) -> None:
     if task.budget <= costs[dearest]:
         raise ValueError(
             f"budget must buy every run at least 2 steps, got {task.budget:g}: one step of {dearest} costs "
-            f"{costs[dearest]:g}; 90e3 takes minutes a run on two cores."
+            f"{costs[dearest]:g}; 120e3 takes minutes a run on two cores."
         )
 
 

@@ -36,6 +36,8 @@ class DINOConfig:
     bottleneck_dim: int = 256
     # Unit-norm prototypes; the reference recommends it for ViT-B and larger.
     norm_last_layer: bool = True
+    # Batch norm in the head, an option of the reference that is off there.
+    head_batch_norm: bool = False
     # The share of the budget during which the prototypes wait: one of 100 epochs.
     last_layer_start: float = 0.01
     student_temperature: float = 0.1
@@ -100,6 +102,7 @@ class DINO(Method):
             config.bottleneck_dim,
             config.out_dim,
             unit_norm=config.norm_last_layer,
+            batch_norm=config.head_batch_norm,
         )
         # In a tuple, out of nn.Module's sight: the engine must not cast, shard or optimize it.
         self._teacher = (MomentumEncoder(nn.ModuleDict({"encoder": encoder, "head": self.head})),)

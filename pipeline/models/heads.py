@@ -32,15 +32,22 @@ def mlp_head(num_layers: int, in_dim: int, hidden_dim: int, out_dim: int, *, las
 class PrototypeHead(nn.Module):
     """DINO's head: three layers with GELU, a normalized bottleneck, its similarity to prototypes. [B, D] -> [B, K]."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, *, unit_norm: bool):
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_prototypes: int,
+        *,
+        unit_norm: bool,
+        batch_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
+        modules: list[nn.Module] = []
+        for fan_in in (in_dim, hidden_dim):
+            modules.append(nn.Linear(fan_in, hidden_dim))
+            modules += [GlobalBatchNorm(hidden_dim), nn.GELU()] if batch_norm else [nn.GELU()]
+        self.mlp = nn.Sequential(*modules, nn.Linear(hidden_dim, bottleneck_dim))
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

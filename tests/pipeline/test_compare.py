@@ -63,15 +63,15 @@ def test_the_runs_differ_in_compression_only() -> None:
 
 
 @pytest.mark.parametrize(
-    # 256 samples a step; 65 tokens whole, 33 of 64 dropped to a half; DINO's four small crops have 17 each.
+    # 128 samples a step; 65 tokens whole, 33 of 64 dropped to a half; DINO's two small crops have 17 each.
     ("method", "whole", "compressed"),
-    [("moco", 4, (3 * 33 + 65) / 65), ("simclr", 6, 6 * 33 / 65), ("dino", 4 + 12 * 17 / 65, None)],
+    [("moco", 4, (3 * 33 + 65) / 65), ("simclr", 6, 6 * 33 / 65), ("dino", 4 + 6 * 17 / 65, None)],
 )
 def test_the_cost_of_a_step_is_foreseen(method: str, whole: float, compressed: float | None) -> None:
     config = configured("x", "patch_size=6", "dropout=0.5")
     costs = [cost_of_step(task(config), trial) for trial in trials(config, method)]
-    assert costs[0] == pytest.approx(256 * whole)
-    assert costs[1] == pytest.approx(256 * (compressed or (3 * 33 + 12 * 17 + 65) / 65))
+    assert costs[0] == pytest.approx(128 * whole)
+    assert costs[1] == pytest.approx(128 * (compressed or (3 * 33 + 6 * 17 + 65) / 65))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_refusals(words: list[str], sentence: str) -> None:
         (["patch_size=0"], r"^patch_size must be a number of pixels, got 0"),
         (["dropout=1.0"], r"^dropout must be in \[0, 1\), got 1\.0; 0 keeps every token"),
         (["dropout=nan"], r"^dropout must be in \[0, 1\), got nan; 0 keeps every token"),
-        # One step of 256 samples of DINO: 3 * 65 + 3 * 4 * 17 + 65 tokens over 65.
-        (["budget=1827"], r"at least 2 steps, got 1827: one step of dino-none costs 1827\.45; 90e3"),
+        # One step of 128 samples of SimCLR: 6 forwards.
+        (["budget=768"], r"at least 2 steps, got 768: one step of simclr-none costs 768; 120e3"),
         (["val={flat}"], r"^val: .*flat has 0 classes, .*shards has 4 or others; both must be sharded from the same"),
         (["val={three}"], r"^val: .*three has 3 classes, .*shards has 4 or others"),
         (["val={broken}"], r"broken.*\.tar: missing, but manifest\.json names it"),
@@ -117,7 +117,7 @@ def test_what_a_later_command_would_refuse_is_refused_before_the_first(
 
 
 def test_what_can_be_run_passes_the_check(drawn_shards: Path) -> None:
-    config = configured(drawn_shards, f"val={drawn_shards}", "budget=1828")
+    config = configured(drawn_shards, f"val={drawn_shards}", "budget=769")
     check(task(config), [trial for method in config.methods for trial in trials(config, method)])
 
 
@@ -143,7 +143,7 @@ def test_a_comparison(
 
     # A sixth of the time; steps and costs, which count forwards of the whole model, stay the same.
     monkeypatch.setattr("pipeline.trials.coldpress", on_one_block)
-    words = [f"output={tmp_path / 'out'}", f"val={drawn_shards}", "methods=[simclr]", "budget=2000", "support=0"]
+    words = [f"output={tmp_path / 'out'}", f"val={drawn_shards}", "methods=[simclr]", "budget=1000", "support=0"]
     run(configured(drawn_shards, *words))
     table = capfd.readouterr().out
     assert "simclr: a compressed sample costs 3.42x less and takes" in table

@@ -138,7 +138,7 @@ def test_refusals(overrides: list[str], sentence: str) -> None:
         ("evaluate", ["run=x", "k=[0]"], "k must list numbers of neighbors of at least 1, got [0]."),
         ("evaluate", ["run=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
         ("compare", ["shards=x", "support=-1"], "support must be a number of samples, got -1; 0 takes all."),
-        ("compare", ["shards=x", "budget=inf"], "budget must be above 0, got inf; 90e3"),
+        ("compare", ["shards=x", "budget=inf"], "budget must be above 0, got inf; 120e3"),
         (
             "plan",
             ["run=x", "budget.value=1", "cost_per_gpu_second=inf"],
