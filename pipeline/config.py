@@ -185,9 +185,10 @@ class CompareConfig:
     support: int = 5000
 
     def __post_init__(self) -> None:
-        unknown = set(self.methods) - GROUPS["method"].keys()
-        if unknown or not self.methods:
-            raise ValueError(f"methods must be some of {', '.join(GROUPS['method'])}, got {self.methods}.")
+        # LocalMIM takes no compression.
+        possible = [method for method in GROUPS["method"] if method != "localmim"]
+        if not self.methods or set(self.methods) - set(possible):
+            raise ValueError(f"methods must be some of {', '.join(possible)}, got {self.methods}.")
         _check_support(self.support)
         if not 0 < self.budget < math.inf:
             raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")

@@ -213,6 +213,8 @@ class DINO(Method):
         def project(network: nn.Module) -> dict[int, Tensor]:
             assert isinstance(network, nn.ModuleDict)
             features = encode(cast(ViT, network["encoder"]), batch, keys, prefix=prefix)
-            return {view: network["head"](each) for view, each in features.items()}
+            # As the student's: batch norm is over all crops.
+            logits = network["head"](torch.cat(list(features.values()))).chunk(len(features))
+            return dict(zip(features, logits, strict=True))
 
         return self._teacher[0](project)
