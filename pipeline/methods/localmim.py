@@ -123,7 +123,7 @@ class LocalMIM(Method):
 
     def active(self, plan: StepPlan) -> list[Tap]:
         """Return the taps whose blocks still learn."""
-        return [tap for tap in self.taps if isinstance(tap, Tap) and tap.block >= plan.frozen_layers]
+        return [tap for tap in self._all_taps() if tap.block >= plan.frozen_layers]
 
     def forwards(self, plan: StepPlan) -> Sequence[Forward]:
         """Return the one pass of the visible patches.
@@ -158,21 +158,24 @@ class LocalMIM(Method):
         return self._behind_blocks() if self.config.decoder_rates is DecoderRates.shared else {}
 
     def _behind_blocks(self) -> dict[int, list[nn.Parameter]]:
-        return {tap.block: list(tap.parameters()) for tap in self.taps if isinstance(tap, Tap)}
+        return {tap.block: list(tap.parameters()) for tap in self._all_taps()}
+
+    def _all_taps(self) -> list[Tap]:
+        return [tap for tap in self.taps if isinstance(tap, Tap)]
 
     def sample_cost(self, plan: StepPlan) -> float:
         """Return the encoder's cost and that of the decoders, whose weights are held against the encoder's."""
-        return super().sample_cost(plan) + 3 * self._decoders_cost(plan)
+        return super().sample_cost(plan) + 3 * self._decoders_cost(self.active(plan))
 
     def nominal_sample_cost(self, plan: StepPlan) -> float:
-        """Return the same, with the encoder's as by the formula of Lin et al., 2024."""
-        return super().nominal_sample_cost(plan) + 3 * self._decoders_cost(plan)
+        """Return the same with the encoder's by the formula of Lin et al., 2024, and nothing frozen."""
+        return super().nominal_sample_cost(plan) + 3 * self._decoders_cost(self._all_taps())
 
-    def _decoders_cost(self, plan: StepPlan) -> float:
+    def _decoders_cost(self, taps: Sequence[Tap]) -> float:
         """Return a forward of the decoders, in forwards of the reference sequence through the encoder."""
         vit = self.encoder.config
         visible = self._masking().keep(vit.grid**2)
-        decoders = sum(tap.decoder.weights_per_image(visible, vit.grid) for tap in self.active(plan))
+        decoders = sum(tap.decoder.weights_per_image(visible, vit.grid) for tap in taps)
         per_token = sum(p.numel() for block in self.encoder.blocks for p in block.parameters() if p.dim() == 2)
         return float(decoders / (vit.reference_length * per_token))
 

@@ -159,6 +159,7 @@ SCRIPT = """
     learning = [p for p in engine.method.parameters() if p.requires_grad]
     ids = {{id(p) for p in learning}}
     names = {{id(p): n for n, p in engine.method.named_parameters()}}
+    keys = list(engine.method.state_dict())
     scratch = Path(sys.argv[0]).parent / "saved"
     traffic, memory, still = [], [], {{}}
     for step in range(10):
@@ -180,6 +181,8 @@ SCRIPT = """
     for (name, ours), theirs in zip(engine.method.named_parameters(), plain.method.parameters(), strict=True):
         if not name.endswith(("qkv.bias", "encoder.norm.bias")):
             torch.testing.assert_close(ours, theirs, atol={tolerance}, rtol=0, msg=lambda m: f"{{name}}: {{m}}")
+    # What is pruned keeps its name, and its place in a checkpoint.
+    assert list(engine.method.state_dict()) == keys
     for k, first in ((2, 5), (3, 8)):
         share = share_live(engine.method, k)
         assert memory[first] < (share + 0.03) * memory[1], (memory, share)

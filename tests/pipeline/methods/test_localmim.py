@@ -153,6 +153,7 @@ def test_cost_counts_decoders_and_loses_them_with_their_blocks(make_plan: MakePl
     assert decoders == pytest.approx(0.241 + 0.213 + 0.186 + 0.185 - 4 * 2 * 197**2 * 256e-9, rel=0.005)
     frozen = make_plan(method, frozen=3)
     assert method.sample_cost(frozen) < method.sample_cost(plan) - 0.03
+    assert method.nominal_sample_cost(frozen) == method.nominal_sample_cost(plan)
 
 
 @pytest.mark.parametrize(
