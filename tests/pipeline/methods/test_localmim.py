@@ -165,8 +165,8 @@ def test_cost_counts_decoders_and_loses_them_with_their_blocks(make_plan: MakePl
         ({"taps": [2, 1, 4]}, r"method\.taps must be rising"),
         ({"doublings": [0, 1, 2]}, r"method\.doublings must fall"),
         ({"taps": [1, 2, 3]}, r"method\.taps must end with the last of 4 blocks"),
-        ({"doublings": [4, 1, 0]}, r"patches of 8 pixels cannot be halved 4 times"),
-        ({"doublings": [1, 0, -3]}, r"a grid of 4 patches cannot be halved 3 times"),
+        ({"doublings": [4, 1, 0]}, r"model\.patch_size must be a multiple of 16, for .* got 8; take another"),
+        ({"doublings": [1, 0, -3]}, r"model\.image_size must be a multiple of 8 patches, for .* got 4 patches"),
         ({"decoder_dim": 30}, r"method\.decoder_dim must be a multiple of 4 \* method\.decoder_heads"),
     ],
 )
