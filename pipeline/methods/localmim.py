@@ -235,11 +235,11 @@ def _check(config: LocalMIMConfig, encoder: ViT) -> None:
     finest, coarsest = config.doublings[0], config.doublings[-1]
     if finest > 0 and vit.patch_size % 2**finest:
         raise ValueError(
-            f"model.patch_size must be a multiple of {2**finest}, for method.doublings={config.doublings} cut a patch into "
-            f"so many cells a side, got {vit.patch_size}; take another size or fewer doublings."
+            f"model.patch_size must be a multiple of {2**finest}, for method.doublings={config.doublings} cut a patch "
+            f"into so many cells a side, got {vit.patch_size}; take another size or fewer doublings."
         )
     if coarsest < 0 and vit.grid % 2**-coarsest:
         raise ValueError(
-            f"model.image_size must be a multiple of {2**-coarsest} patches, for method.doublings={config.doublings} make a "
-            f"cell of so many a side, got {vit.grid} patches; take another size or leave the coarsest out."
+            f"model.image_size must be a multiple of {2**-coarsest} patches, for method.doublings={config.doublings} "
+            f"make a cell of so many a side, got {vit.grid} patches; take another size or leave the coarsest out."
         )
