@@ -28,6 +28,9 @@ def _counter(name: str, text: str) -> Metric:
     return Metric(name, "counter", f"{text}, counted since the process started.")
 
 
+# Terms of a loss by name: they go while the run goes on.
+TERMS = "loss_tap"
+
 _METRICS = (
     # How far the run has come.
     _gauge("step", "Optimizer steps of the run, earlier lives included."),
@@ -54,7 +57,7 @@ _METRICS = (
     _counter("bad_samples_total", "Samples found broken and replaced by others, by all processes together"),
     # What it learns.
     _gauge("loss", "Training loss of the last step, mean over processes."),
-    *(_gauge(f"loss_tap{i}", f"LocalMIM's loss at tap {i}, counted from the input.") for i in range(1, 7)),
+    *(_gauge(f"{TERMS}{i}", f"LocalMIM's loss at tap {i}, counted from the input.") for i in range(1, 7)),
     _gauge("grad_norm", "Global gradient norm of the last step, before clipping."),
     _gauge("grad_norm_embedding", "Gradient norm of layer 0, the embedding; with engine.layer_norms only."),
     _gauge("grad_norm_first_block", "Gradient norm of layer 1, the first block; with engine.layer_norms only."),

@@ -26,6 +26,7 @@ from pipeline.compression.schedule import Cell
 from pipeline.compression.schedule_file import in_line, write_schedule
 from pipeline.config import AnalyzeConfig, TrainConfig
 from pipeline.distributed import World
+from pipeline.methods import check_compressible
 from pipeline.networks import networks
 from pipeline.run_directory import read_overrides
 from pipeline.train import build_schedules
@@ -74,6 +75,7 @@ def run(config: AnalyzeConfig) -> None:
 def baseline(config: AnalyzeConfig, directory: Path) -> TrainConfig:
     """Return the run's config without its compression, its blocks not compiled for the many shapes to come."""
     training: TrainConfig = load("train", read_overrides(directory))
+    check_compressible(training.method)
     data = replace(training.data, shards=config.shards or training.data.shards)
     model = replace(training.model, compile=False)
     return replace(training, data=data, model=model, compression=NoCompression())

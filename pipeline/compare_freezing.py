@@ -91,7 +91,8 @@ def _row(task: Task, case: str, trial: Trial, rows: list[dict[str, Any]]) -> dic
     }
     whole = rows[0] if rows else row
     row["cost_ratio"], row["time_ratio"] = row["units"] / whole["units"], row["seconds"] / whole["seconds"]
-    row["realized"] = (1 - row["time_ratio"]) / (1 - row["cost_ratio"]) if rows else None
+    cheaper = row["cost_ratio"] < 1
+    row["realized"] = (1 - row["time_ratio"]) / (1 - row["cost_ratio"]) if cheaper else None
     return row
 
 

@@ -17,7 +17,7 @@ from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoComp
 from pipeline.compression.base import check_divides
 from pipeline.engine import EngineConfig
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
-from pipeline.methods import DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
+from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
@@ -185,8 +185,7 @@ class CompareConfig:
     support: int = 5000
 
     def __post_init__(self) -> None:
-        # LocalMIM takes no compression.
-        possible = [method for method in GROUPS["method"] if method != "localmim"]
+        possible = [name for name, kind in GROUPS["method"].items() if not METHODS[kind].incompressible]
         if not self.methods or set(self.methods) - set(possible):
             raise ValueError(f"methods must be some of {', '.join(possible)}, got {self.methods}.")
         _check_support(self.support)

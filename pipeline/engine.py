@@ -143,8 +143,8 @@ class Engine:
     def freeze(self, frozen_layers: int) -> None:
         """Let go of the first layers: no gradient, no traffic, no optimizer state.
 
-        What still learns keeps all of its own, to the bit. Every step does this by itself; each process rearranges its
-        own part, and no message is sent.
+        What still learns keeps all of its own, to the bit. Every step does this by itself; who calls it otherwise must
+        do so on every process, since DeepSpeed broadcasts weights when it starts anew.
         """
         assert frozen_layers >= self._frozen_layers, "a frozen layer does not learn again"
         if frozen_layers == self._frozen_layers:
@@ -203,7 +203,7 @@ class Engine:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, with the same number of processes."""
         # The optimizer that saved had no place for what was frozen.
-        self.freeze(_model_states(directory)[FROZEN_KEY])
+        self.freeze(_model_states(directory).get(FROZEN_KEY, 0))
         path, client = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
         assert path is not None, directory
         # DeepSpeed takes the old run's over.
@@ -224,7 +224,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=self.method,
             optimizer=adamw(groups, self._optim),
-            config=_deepspeed_config(self._config, self._local_batch, self._optim.clip),
+            # Its own clipping at stage 0 in fp32 fails without a gradient.
+            config=_deepspeed_config(self._config, self._local_batch, 0.0 if self._plain else self._optim.clip),
             dist_init_required=False,
         )
         if self._config.stage == 0 and not self._plain:
@@ -261,6 +262,8 @@ class Engine:
             self._norms.measure()
         if self._optim.clip_each:
             self._norms.clip(self._optim.clip_each)
+        if self._optim.clip and self._plain:
+            self._norms.clip_total(self._optim.clip)
 
     def _drop_unless_finite(self) -> bool:
         # DeepSpeed's own optimizers skip such a step; PyTorch's skips parameters without a gradient.

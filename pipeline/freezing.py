@@ -13,6 +13,10 @@ Decay = Callable[[float, float], float]
 """
 
 
+# Of the base rate.
+LEAST = 1e-12
+
+
 class Curve(Enum):
     """How freeze times are spread over the layers: t -> t, t^2 or t^3."""
 
@@ -44,7 +48,9 @@ class FreezeSchedule:
 
     def rates(self, progress: float, times: Times, decay: Decay, *, warming_up: bool = False) -> tuple[float, ...]:
         """Return the factor of the base learning rate of every layer, first layer first; 0.0 means frozen."""
-        return tuple(decay(progress, 1.0 if t is None else t) * self.scale(t, warming_up=warming_up) for t in times)
+        factors = (decay(progress, 1.0 if t is None else t) * self.scale(t, warming_up=warming_up) for t in times)
+        # At the very end of a run the decay rounds to zero, which would freeze what never does.
+        return tuple(max(factor, LEAST) if t is None else factor for factor, t in zip(factors, times, strict=True))
 
     def scale(self, time: float | None, *, warming_up: bool) -> float:
         """Return by how much a layer that freezes at `time` learns faster than others do."""

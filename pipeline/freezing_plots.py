@@ -19,8 +19,8 @@ STYLES = (("black", "-"), ("C0", "--"), ("C1", "-."), ("C2", ":"))
 def freezing_picture(runs: Mapping[str, Metrics], path: Path) -> None:
     """Draw time per step, optimizer memory, frozen layers and loss over the steps of each run, freezes marked."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
-    for (name, metrics), (color, dashes) in zip(runs.items(), STYLES, strict=False):
-        training = [row for row in metrics if "loss" in row]
+    logged = {name: [row for row in metrics if "loss" in row] for name, metrics in runs.items()}
+    for (name, training), (color, dashes) in zip(logged.items(), STYLES, strict=False):
         steps = [row["step"] for row in training]
         curves = {
             axes[0, 0]: [1e3 * row["step_seconds"] for row in training],
@@ -30,7 +30,7 @@ def freezing_picture(runs: Mapping[str, Metrics], path: Path) -> None:
         }
         for axis, values in curves.items():
             axis.plot(steps, values, color=color, linestyle=dashes, label=name)
-    events = freezes(next((each for each in runs.values() if each[-1].get("frozen_layers")), ()))
+    events = next((found for found in map(freezes, logged.values()) if found), [])
     for axis, what in zip(
         axes.flat, ("ms / step", "optimizer, MiB", "frozen layers", "loss, terms that are left"), strict=True
     ):
@@ -39,9 +39,8 @@ def freezing_picture(runs: Mapping[str, Metrics], path: Path) -> None:
     save(figure, path)
 
 
-def freezes(metrics: Metrics) -> list[float]:
+def freezes(training: Metrics) -> list[float]:
     """Return the steps at which more layers were frozen than at the one logged before."""
-    training = [row for row in metrics if "loss" in row]
     return [after["step"] for before, after in pairwise(training) if after["frozen_layers"] > before["frozen_layers"]]
 
 

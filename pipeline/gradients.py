@@ -24,18 +24,22 @@ class TensorNorms:
         self._names = [
             group["name"] for group, members in zip(optimizer.param_groups, groups, strict=True) for _ in members
         ]
-        self._number = {id(p): i for i, p in enumerate(p for members in groups for p in members)}
         self._members = [p for members in groups for p in members]
-        self.squares = torch.zeros(len(self._names), device=groups[0][0].device)
+        self._device = groups[0][0].device
+        mine = [p for members in optimizer.params_in_partition for p in members] if self._partitioned else self._members
+        number = {id(p): i for i, p in enumerate(self._members)}
+        # Which tensor each piece belongs to, where every step has the same pieces.
+        self._tensor_of = torch.tensor([number[id(p)] for p in mine], device=self._device)
+        self.squares = torch.zeros(len(self._names), device=self._device)
 
     @torch.no_grad()
     def measure(self) -> None:
         """Set `squares`, fp32 [tensors], to the squared norms before any clipping."""
         self.squares.zero_()
-        numbers, pieces = self._pieces()
+        tensor_of, pieces = self._pieces()
         if pieces:
             norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-            self.squares[numbers] = torch.stack(norms).square()
+            self.squares[tensor_of] = torch.stack(norms).square()
         if self._partitioned and dist.get_world_size() > 1:
             dist.all_reduce(self.squares)
 
@@ -48,9 +52,16 @@ class TensorNorms:
         norms = self.squares.sqrt()
         # The small number is that of torch.nn.utils.clip_grad_norm_.
         scales = (limit / (norms + 1e-6)).clamp(max=1).where(norms.isfinite(), torch.nan)
-        numbers, pieces = self._pieces()
+        tensor_of, pieces = self._pieces()
         if pieces:
-            torch._foreach_mul_(pieces, [scale.to(p.dtype) for scale, p in zip(scales[numbers], pieces, strict=True)])
+            torch._foreach_mul_(pieces, [s.to(p.dtype) for s, p in zip(scales[tensor_of], pieces, strict=True)])
+
+    @torch.no_grad()
+    def clip_total(self, limit: float) -> None:
+        """Scale all gradients down to a global norm of `limit`, as measured."""
+        _, pieces = self._pieces()
+        if pieces:
+            torch._foreach_mul_(pieces, (limit / (self.squares.sum().sqrt() + 1e-6)).clamp(max=1))
 
     def total(self) -> float:
         """Return the global norm as measured."""
@@ -63,21 +74,22 @@ class TensorNorms:
             sums[name] += square
         return {name: total**0.5 for name, total in sums.items()}
 
-    def _pieces(self) -> tuple[list[int], list[Tensor]]:
-        """Return this process's pieces of gradients, and the number of the tensor that each belongs to."""
+    def _pieces(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the tensor that each of this process's pieces of gradients belongs to, and the pieces."""
         optimizer = self._optimizer
         if self._partitioned:
             # A partition that its tensors do not fill ends in padding, which belongs to none.
-            pairs = [
-                (self._number[id(p)], piece)
+            return self._tensor_of, [
+                piece
                 for group, members in enumerate(optimizer.params_in_partition)
-                for p, piece in zip(members, optimizer.averaged_gradients[group], strict=False)
+                for _, piece in zip(members, optimizer.averaged_gradients[group], strict=False)
             ]
-        elif hasattr(optimizer, "fp32_groups_gradients"):
-            pairs = list(enumerate(each for group in optimizer.fp32_groups_gradients for each in group))
-        else:
-            pairs = [(i, p.grad) for i, p in enumerate(self._members) if p.grad is not None]
-        return [number for number, _ in pairs], [piece for _, piece in pairs]
+        if hasattr(optimizer, "fp32_groups_gradients"):
+            return self._tensor_of, [each for group in optimizer.fp32_groups_gradients for each in group]
+        pairs = [(i, p.grad) for i, p in enumerate(self._members) if p.grad is not None]
+        if len(pairs) == len(self._members):
+            return self._tensor_of, [gradient for _, gradient in pairs]
+        return torch.tensor([i for i, _ in pairs], device=self._device), [gradient for _, gradient in pairs]
 
 
 def _groups(optimizer: Any) -> list[list[Tensor]]:

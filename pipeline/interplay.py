@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 
-from pipeline.compression import CompressionSchedule
+from pipeline.compression import CompressionSchedule, FittedAdaptive
+from pipeline.freezing import FreezeOut, FreezeSchedule
 from pipeline.schedules import Schedules
 
 log = logging.getLogger(__name__)
@@ -14,8 +15,10 @@ log = logging.getLogger(__name__)
 def whole_from(schedule: CompressionSchedule, image_size: int, patch_size: int) -> float:
     """Return the progress from which on images have come in the model's own patches, and without dropout.
 
-    Not necessarily at once; infinite if one of them never comes. An adaptive schedule is taken by where it starts.
+    Not necessarily at once; infinite if one of them never comes, or nobody can say beforehand.
     """
+    if isinstance(schedule, FittedAdaptive):
+        return math.inf
     own, undropped = math.inf, math.inf
     for progress in reversed([0.0, *schedule.changes()]):
         query = schedule.at(progress)
@@ -27,18 +30,29 @@ def whole_from(schedule: CompressionSchedule, image_size: int, patch_size: int) 
     return max(own, undropped)
 
 
+def check_waiting(schedule: CompressionSchedule, freeze: FreezeSchedule) -> None:
+    """Raise ValueError for layers that are to wait for what nobody can say when it comes."""
+    if isinstance(schedule, FittedAdaptive) and isinstance(freeze, FreezeOut) and freeze.see_whole is not None:
+        raise ValueError(
+            f"freeze.see_whole={freeze.see_whole:g} asks when compression ends, which compression=adaptive decides "
+            "while it trains; leave freeze.see_whole out, or take compression=staged."
+        )
+
+
 def warn_of_early_freezing(schedules: Schedules) -> None:
     """Say which layers freeze before they have seen an image whole."""
-    early = [i for i, progress in enumerate(schedules.freezes()) if progress <= schedules.whole_from]
+    early = [progress for progress in schedules.freezes() if progress <= schedules.whole_from]
     if not early:
         return
-    never = math.isinf(schedules.whole_from)
-    since = "never come in this run" if never else f"come from {schedules.whole_from:.1%} of the budget on"
+    if isinstance(schedules.compression, FittedAdaptive):
+        when = "may not have come by then: compression=adaptive decides while it trains"
+    elif math.isinf(schedules.whole_from):
+        when = "never come in this run; evaluation sees nothing else"
+    else:
+        when = f"come from {schedules.whole_from:.1%} of the budget on; freeze.see_whole=0.05 lets them wait"
     log.warning(
-        "%d layers freeze from %.1f%% of the budget on, but images in the model's own patches and without dropout "
-        "%s; %s",
+        "%d layers freeze from %.1f%% of the budget on, but images in the model's own patches and without dropout %s",
         len(early),
-        100 * schedules.freezes()[0],
-        since,
-        "evaluation sees nothing else" if never else "freeze.see_whole=0.05 lets them wait",
+        100 * early[0],
+        when,
     )

@@ -66,6 +66,9 @@ def retire(engine: Any) -> None:
     if hasattr(engine.optimizer, "unregister_grad_acc_post_hooks"):
         engine.optimizer.unregister_grad_acc_post_hooks()
     engine.destroy()
+    for parameter in engine.module.parameters():
+        # In bf16 each is a view of its group's gradients, which it would keep alive; no public call lets go of it.
+        parameter.__dict__.pop("_hp_grad", None)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -19,6 +19,7 @@ from pipeline.children import coldpress, metrics_of, own_directory
 from pipeline.compose import load
 from pipeline.compression import Adaptive
 from pipeline.config import StudyConfig, TrainConfig
+from pipeline.methods import check_compressible
 from pipeline.study_plots import study_picture
 from pipeline.trials import Task, Trial, caveats, check
 
@@ -134,6 +135,7 @@ def _check_grid(config: StudyConfig, task: Task) -> None:
         ValueError: cells that the model cannot take, or samples that sub-batches do not divide.
     """
     training: TrainConfig = load("train", _trial(config, ADAPTIVE, 0, _adaptive(config)).training_words(task))
+    check_compressible(training.method)
     cells(config.patch_sizes, config.dropouts, training.model)
     assert isinstance(training.compression, Adaptive)
     training.compression.fitted(training.model.image_size, training.model.patch_size)

@@ -17,7 +17,8 @@ from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
 from pipeline.engine import Engine, StepResult
-from pipeline.interplay import warn_of_early_freezing, whole_from
+from pipeline.freezing import FreezeOut
+from pipeline.interplay import check_waiting, warn_of_early_freezing, whole_from
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
@@ -163,13 +164,13 @@ def build(config: TrainConfig, world: World) -> Parts:
         loader=loader,
         engine=engine,
         checkpointer=Checkpointer(
-            config.directory / "checkpoints", config.checkpoint, _identity(config, loader, world)
+            config.directory / "checkpoints", config.checkpoint, _identity(config, loader, world, schedules)
         ),
         probe=KNNProbe(config.probe, config.data, loader.num_samples if loader.classes else 0, config.seed),
     )
 
 
-def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, object]:
+def _identity(config: TrainConfig, loader: Loader, world: World, schedules: Schedules) -> dict[str, object]:
     """Return what a resumed run must share with the run that saved, by dotted key."""
     values: dict[str, object] = {
         "seed": config.seed,
@@ -187,6 +188,11 @@ def _identity(config: TrainConfig, loader: Loader, world: World) -> dict[str, ob
         "budget.value": config.budget.value,
         "budget.unit": config.budget.unit.value,
     }
+    # What moves freeze times would wake frozen layers, too.
+    if schedules.freezes():
+        values["rate.warmup"] = config.rate.warmup
+    if isinstance(config.freeze, FreezeOut) and config.freeze.see_whole is not None:
+        values["compression"] = f"whole images from {schedules.whole_from:.4g} of the budget"
     # Another grid or rule would read the saved evidence otherwise. Other schedules may change, and take over.
     if isinstance(config.compression, Adaptive):
         values |= {f"compression.{key}": str(value) for key, value in vars(config.compression).items()}
@@ -203,11 +209,13 @@ def build_schedules(config: TrainConfig, method: Method) -> Schedules:
     """Return the schedules of a run, every planned shape checked against the model.
 
     Raises:
-        ValueError: a patch size that does not divide the image, or a grid without the cell to start with.
+        ValueError: a patch size that does not divide the image, a grid without the cell to start with, or layers that
+            are to wait for whole images that do not come.
     """
     compression, model = config.compression, config.model
     if isinstance(compression, Adaptive):
         compression = compression.fitted(model.image_size, model.patch_size)
+    check_waiting(compression, config.freeze)
     schedules = Schedules(
         rate=config.rate,
         peak_rate=config.rate.peak(config.batch_size),

@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
         "data.views",
         "data.recipes",
     },
-    "pipeline.interplay": {"pipeline.compression", "pipeline.schedules"},
+    "pipeline.interplay": {"pipeline.compression", "pipeline.freezing", "pipeline.schedules"},
     "pipeline.engine": {
         "pipeline.gradients",
         "pipeline.methods",

@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from monitoring.metrics import CATALOG, PREFIX, check
+from monitoring.metrics import CATALOG, PREFIX, TERMS, check
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ class _Latest(Collector):
         self._values, self._info = values, info
 
     def update(self, values: Mapping[str, float]) -> None:
-        self._values = {**self._values, **values}
+        # A term that a training report no longer has is gone; all else keeps its last value.
+        gone = [name for name in self._values if name.startswith(TERMS) and name not in values and "loss" in values]
+        self._values = {name: v for name, v in {**self._values, **values}.items() if name not in gone}
 
     def collect(self) -> Iterator[Family]:
         yield InfoMetricFamily(f"{PREFIX}run", "What is running.", self._info)

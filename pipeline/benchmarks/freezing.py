@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -97,8 +98,8 @@ def whole_run(rows: list[Row]) -> str:
     rebuilds = sum(row.freeze_seconds for row in rows)
     return (
         "A run of freeze.t0=0.8 freeze.curve=cubic rate.warmup=0.1 and as many steps as without freezing: "
-        f"{saved:.1%} less time of {ideal:.1%} that could be saved, {saved / ideal:.0%} of it, data aside; "
-        f"all {len(rows) - 1} freezes together take {rebuilds:.1f} s."
+        f"{saved:.1%} less time of {ideal:.1%} that could be saved, {saved / ideal if ideal else math.nan:.0%} of it, "
+        f"data aside; all {len(rows) - 1} freezes together take {rebuilds:.1f} s."
     )
 
 

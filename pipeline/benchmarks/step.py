@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from pipeline.compression.schedule import compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
 from pipeline.engine import Engine
-from pipeline.methods import Method, build_method
+from pipeline.methods import Method, build_method, check_compressible
 from pipeline.models.vit import ViT
 from pipeline.schedules import StepPlan
 
@@ -56,7 +58,12 @@ class Measurement:
 
 
 def bench_step(config: BenchConfig, world: World) -> Report:
-    """Measure every (patch size, dropout) cell against the uncompressed step."""
+    """Measure every (patch size, dropout) cell against the uncompressed step.
+
+    Raises:
+        ValueError: a method whose sequences cannot be compressed.
+    """
+    check_compressible(config.method)
     engine, method = make_engine(config, world)
     baseline = make_plan(config, method, Compression(), 0)
     cells = [(p, d) for p in (config.patch_sizes or [config.model.patch_size]) for d in config.dropouts]
@@ -68,10 +75,12 @@ def bench_step(config: BenchConfig, world: World) -> Report:
     return _report(rows)
 
 
-def make_engine(config: BenchConfig, world: World) -> tuple[Engine, Method]:
+def make_engine(
+    config: BenchConfig, world: World, build: Callable[[Any, ViT], Method] = build_method
+) -> tuple[Engine, Method]:
     """Return an engine of its own and its method."""
     torch.manual_seed(0)
-    method = build_method(config.method, ViT(config.model, 0))
+    method = build(config.method, ViT(config.model, 0))
     local = config.batch_size // world.size
     return Engine(method, config.engine, config.optim, local_batch=local, device=world.device), method
 

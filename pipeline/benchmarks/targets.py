@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from unittest.mock import patch
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from pipeline.benchmarks.peers.hog_by_scale import hog_by_scale
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import WARMUP, make_batch, make_engine, make_plan, seconds
+from pipeline.benchmarks.step import alternate, make_engine, make_plan
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
 from pipeline.methods import LocalMIMConfig
-from pipeline.models.hog import hog_targets
+from pipeline.methods.localmim import LocalMIM
 
 COLUMNS = (
     Column("case", "targets"),
@@ -24,7 +23,14 @@ COLUMNS = (
     Column("ratio_low", "min", ".3f"),
     Column("ratio_high", "max", ".3f"),
 )
-Targets = Callable[[Tensor, Sequence[int], int], list[Tensor]]
+
+
+class ByScale(LocalMIM):
+    """LocalMIM with targets as its published code makes them."""
+
+    def targets(self, images: Tensor, cells: Sequence[int]) -> list[Tensor]:
+        """Return the targets for each cell size."""
+        return hog_by_scale(images, cells, self.config.bins)
 
 
 def bench_targets(config: BenchConfig, world: World) -> Report:
@@ -35,17 +41,12 @@ def bench_targets(config: BenchConfig, world: World) -> Report:
     """
     if not isinstance(config.method, LocalMIMConfig):
         raise ValueError("what=targets measures LocalMIM's; say method=localmim.")
-    engine, method = make_engine(config, world)
+    ours, method = make_engine(config, world)
+    theirs, _ = make_engine(config, world, ByScale)
     plan = make_plan(config, method, Compression(), 0)
-    ways: dict[str, Targets] = {"one pass": hog_targets, "by scale and color": hog_by_scale}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(WARMUP + config.rounds):
-        for name, way in ways.items():
-            batch = make_batch(config, world, method)
-            with patch("pipeline.methods.localmim.hog_targets", way):
-                took = seconds(engine, batch, plan, world)
-            if round_ >= WARMUP:
-                times[name].append(took)
+    times = dict(
+        zip(("one pass", "by scale and color"), alternate(config, world, (ours, plan), (theirs, plan)), strict=True)
+    )
     return Report(COLUMNS, [_row(name, each, times["one pass"]) for name, each in times.items()])
 
 

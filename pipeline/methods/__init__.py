@@ -9,7 +9,16 @@ from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.methods.simclr import SimCLR, SimCLRConfig
 from pipeline.models.vit import ViT
 
-__all__ = ["METHODS", "DINOConfig", "LocalMIMConfig", "Method", "MoCoConfig", "SimCLRConfig", "build_method"]
+__all__ = [
+    "METHODS",
+    "DINOConfig",
+    "LocalMIMConfig",
+    "Method",
+    "MoCoConfig",
+    "SimCLRConfig",
+    "build_method",
+    "check_compressible",
+]
 
 METHODS: dict[type[Any], type[Any]] = {
     MoCoConfig: MoCo,
@@ -17,6 +26,13 @@ METHODS: dict[type[Any], type[Any]] = {
     DINOConfig: DINO,
     LocalMIMConfig: LocalMIM,
 }
+
+
+def check_compressible(config: object) -> None:
+    """Raise ValueError, with the reason, for the config of a method whose sequences cannot be compressed."""
+    reason = METHODS[type(config)].incompressible
+    if reason:
+        raise ValueError(reason)
 
 
 def build_method(config: object, encoder: ViT) -> Method:

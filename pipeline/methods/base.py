@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class Method(nn.Module):
     """
 
     encoder: ViT
+    # Why there is no compressing its sequences; empty where there is.
+    incompressible: ClassVar[str] = ""
 
     def views(self) -> Sequence[ViewSpec]:
         """Return the augmented views that a batch must bring."""

@@ -63,10 +63,11 @@ class LocalMIMConfig:
             raise ValueError(f"method.doublings must fall: higher blocks predict coarser cells; got {self.doublings}.")
         if not 2 <= self.bins <= 36:
             raise ValueError(f"method.bins must be between 2 and 36, got {self.bins}; 9 is usual.")
-        if self.decoder_dim < 1 or self.decoder_heads < 1 or self.decoder_dim % (4 * self.decoder_heads):
+        sizes = (4, self.decoder_heads, 2 ** max(0, *self.doublings))
+        if self.decoder_heads < 1 or self.decoder_dim < 1 or any(self.decoder_dim % size for size in sizes):
             raise ValueError(
-                "method.decoder_dim must be a multiple of 4 * method.decoder_heads, "
-                f"got {self.decoder_dim} and {self.decoder_heads}."
+                f"method.decoder_dim must be a multiple of 4, of method.decoder_heads={self.decoder_heads} and of 2 to "
+                f"the largest of method.doublings={self.doublings}, got {self.decoder_dim}; 256 is usual."
             )
         if not 0 < self.crop_min <= 1:
             raise ValueError(f"method.crop_min must be a share of the image in (0, 1], got {self.crop_min:g}.")
@@ -87,6 +88,11 @@ class LocalMIM(Method):
 
     A tap whose block is frozen is left out with its norm, decoder, target and term of the loss.
     """
+
+    incompressible = (
+        "method=localmim takes no compression: its mask already is a token dropout, and its decoders predict cells of "
+        "the model's own patches; change method.mask, or take another method."
+    )
 
     def __init__(self, config: LocalMIMConfig, encoder: ViT) -> None:
         super().__init__()
@@ -114,12 +120,16 @@ class LocalMIM(Method):
         assert visible is not None
         masked = _mask(visible, vit.grid**2)
         losses = {}
-        targets = self._targets(images, taps)
-        for tap in taps:
+        for tap, target in zip(taps, self.targets(images, [tap.cell for tap in taps]), strict=True):
             predicted = tap.decoder(tap.norm(tokens[tap.block]), visible, vit.grid, vit.grid)
-            losses[tap.name] = masked_error(predicted, targets[tap.cell], masked, vit.grid)
+            losses[tap.name] = masked_error(predicted, target, masked, vit.grid)
         metrics = {name: loss.detach() for name, loss in losses.items()}
         return StepOutput(torch.stack([*losses.values()]).sum(), metrics | spread(tokens[taps[-1].block][:, 0]))
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, cells: Sequence[int]) -> list[Tensor]:
+        """Return the targets [B, cells of the image, 3 bins] for each cell size in pixels."""
+        return hog_targets(images, cells, self.config.bins)
 
     def active(self, plan: StepPlan) -> list[Tap]:
         """Return the taps whose blocks still learn."""
@@ -134,11 +144,7 @@ class LocalMIM(Method):
         vit = self.encoder.config
         whole = vit.grid**2
         if any(c.patch_size(vit.patch_size) != vit.patch_size or c.keep(whole) < whole for c in (plan.query, plan.key)):
-            raise ValueError(
-                "compression does not go with method=localmim: its mask already leaves out "
-                f"{self.config.mask:.0%} of the tokens, and its decoders predict cells of patches of "
-                f"{vit.patch_size} pixels; say compression=none, and change method.mask instead."
-            )
+            raise ValueError(self.incompressible)
         return [Forward(vit.image_size, self._masking(), True)]
 
     def lengths(self, plan: StepPlan) -> tuple[int, int]:
@@ -190,11 +196,6 @@ class LocalMIM(Method):
         decoder = PatchDecoder(vit.embed_dim, config.decoder_dim, config.decoder_heads, doublings, COLORS * config.bins)
         return Tap(number, block, norm, decoder, _cell(vit.config.patch_size, doublings))
 
-    def _targets(self, images: Tensor, taps: Sequence[Tap]) -> dict[int, Tensor]:
-        cells = [tap.cell for tap in taps]
-        with torch.no_grad():
-            return dict(zip(cells, hog_targets(images, cells, self.config.bins), strict=True))
-
 
 def masked_error(predicted: Tensor, target: Tensor, masked: Tensor, grid: int) -> Tensor:
     """Return the mean squared error [] of predictions [B, cells, C] over the masked part of the image.
@@ -231,6 +232,10 @@ def _check(config: LocalMIMConfig, encoder: ViT) -> None:
         raise ValueError(
             f"method.taps must end with the last of {depth} blocks, which evaluation reads, got {config.taps}; "
             f"say for instance method.taps=[{depth}] method.doublings=[0]."
+        )
+    if vit.grid < 2:
+        raise ValueError(
+            f"model.image_size must be several patches of {vit.patch_size} for a mask, got {vit.image_size}."
         )
     finest, coarsest = config.doublings[0], config.doublings[-1]
     if finest > 0 and vit.patch_size % 2**finest:

@@ -80,8 +80,9 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned; where it came without gaps, before there were any, all are open."""
         mine = self.state()
+        state = {GAPS: torch.ones(len(self._average), dtype=torch.float64)} | state
         assert mine.keys() == state.keys(), mine.keys() ^ state.keys()
         for name, tensor in mine.items():
             tensor.copy_(state[name])

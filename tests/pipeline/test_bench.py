@@ -74,6 +74,12 @@ def test_targets_are_measured_both_ways(tmp_path: Path) -> None:
     assert theirs["milliseconds"] > 0
 
 
+def test_steps_are_not_compressed_where_they_cannot_be() -> None:
+    words = [w for w in SMALL if not w.startswith("method.")]
+    with pytest.raises(ValueError, match="method=localmim takes no compression"):
+        run(load("bench", [*words, "what=step", "method=localmim"]))
+
+
 def test_targets_of_other_methods_are_refused() -> None:
     with pytest.raises(ValueError, match="what=targets measures LocalMIM's; say method=localmim"):
         run(load("bench", [*SMALL, "what=targets"]))

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from pipeline.children import coldpress
 from pipeline.compare_freezing import run, trial, verdict
 from pipeline.compose import load
 from pipeline.config import CompareFreezingConfig
-from pipeline.freezing_plots import freezes
+from pipeline.freezing_plots import freezes, freezing_picture
 from pipeline.trials import seconds_of_steps
 
 
@@ -36,13 +38,29 @@ def test_the_verdict_is_of_what_costs_the_same() -> None:
 
 
 def test_seconds_are_those_of_steps_and_freezes_are_found() -> None:
-    rows = [
+    training = [
         {"loss": 1.0, "step": 10, "steps_total": 10, "step_seconds": 2.0, "frozen_layers": 0},
-        {"checkpoint_seconds": 5.0},
         {"loss": 1.0, "step": 14, "steps_total": 14, "step_seconds": 1.0, "frozen_layers": 2},
     ]
+    rows = [training[0], {"checkpoint_seconds": 5.0}, training[1], {"checkpoint_seconds": 5.0}]
     assert seconds_of_steps(rows) == 24.0  # type: ignore[arg-type]
-    assert freezes(rows) == [14]  # type: ignore[arg-type]
+    assert freezes(training) == [14]  # type: ignore[arg-type]
+
+
+def test_freezes_are_marked_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("pipeline.freezing_plots.save", lambda figure, _: drawn.append(figure))
+    rows = [
+        {"loss": 1.0, "step": s, "step_seconds": 1.0, "optimizer_bytes": 1.0, "frozen_layers": f}
+        for s, f in ((1, 0), (2, 1), (3, 1), (4, 3))
+    ]
+    unfrozen = [row | {"frozen_layers": 0} for row in rows]
+    saved = {"checkpoint_seconds": 1.0}
+    freezing_picture({"unfrozen": [*unfrozen, saved], "frozen": [*rows, saved]}, tmp_path / "x.png")
+    (figure,) = drawn
+    # Two curves and two marks each.
+    assert [len(axis.lines) for axis in figure.axes] == [4] * 4
+    assert [float(np.asarray(line.get_xdata())[0]) for line in figure.axes[0].lines[2:]] == [2, 4]
 
 
 @pytest.mark.parametrize(

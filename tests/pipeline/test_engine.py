@@ -124,9 +124,9 @@ BAD_STEPS = """
     def start():
         torch.manual_seed(0)
         vit = ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17), seed=0)
-        config = EngineConfig(Precision("{precision}"), layer_norms={layer_norms})
+        config = EngineConfig(Precision("{precision}"), {stage}, layer_norms={layer_norms})
         return Engine(
-            Ill(MoCoConfig(hidden_dim=64, out_dim=32), vit), config, OptimConfig(clip_each={clip_each}),
+            Ill(MoCoConfig(hidden_dim=64, out_dim=32), vit), config, OptimConfig(clip_each={clip_each}, clip={clip}),
             local_batch=8, device=world.device,
         )
 
@@ -169,19 +169,31 @@ BAD_STEPS = """
 
 
 @pytest.mark.parametrize(
-    ("precision", "ranks", "clip_each", "layer_norms"),
+    ("precision", "stage", "ranks", "clip", "clip_each", "layer_norms"),
     [
-        ("fp32", 1, 3.0, True),
-        ("fp32", 2, 0.0, False),
-        ("fp32", 2, 3.0, False),
-        ("bf16", 2, 0.0, True),
-        ("bf16", 2, 3.0, False),
+        ("fp32", 1, 1, 0.0, 3.0, True),
+        ("fp32", 1, 2, 1.0, 0.0, False),
+        ("fp32", 1, 2, 0.0, 3.0, False),
+        ("bf16", 1, 2, 1.0, 0.0, True),
+        ("bf16", 1, 2, 0.0, 3.0, False),
+        ("fp32", 0, 2, 1.0, 0.0, False),
+        ("fp32", 0, 1, 0.0, 3.0, True),
+        ("bf16", 0, 2, 1.0, 0.0, False),
+        ("fp32", 2, 2, 1.0, 0.0, False),
+        ("bf16", 2, 1, 0.0, 3.0, False),
     ],
 )
 def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any(
-    run_ranks: Callable[..., list[str]], precision: str, ranks: int, clip_each: float, layer_norms: bool
+    run_ranks: Callable[..., list[str]],
+    precision: str,
+    stage: int,
+    ranks: int,
+    clip: float,
+    clip_each: float,
+    layer_norms: bool,
 ) -> None:
-    script = BAD_STEPS.format(precision=precision, clip_each=clip_each, layer_norms=layer_norms)
+    told = {"precision": precision, "stage": stage, "clip": clip, "clip_each": clip_each, "layer_norms": layer_norms}
+    script = BAD_STEPS.format(**told)
     assert [said.strip().splitlines()[-1] for said in run_ranks(script, ranks)] == ["same"] * ranks
 
 

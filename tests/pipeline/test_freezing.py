@@ -125,3 +125,11 @@ def test_waiting_for_what_does_not_come_is_refused(whole_from: float) -> None:
 def test_a_wait_is_a_share(share: float) -> None:
     with pytest.raises(ValueError, match=r"freeze\.see_whole must be a share of the run in \[0, 1\)"):
         FreezeOut(see_whole=share)
+
+
+@pytest.mark.parametrize("freeze", [NoFreeze(), FreezeOut()])
+def test_the_last_layer_learns_to_the_very_end(freeze: FreezeSchedule) -> None:
+    # Where the cosine rounds to zero.
+    for progress in (1 - 1e-9, 1.0):
+        assert WARMUP_10.decay(progress) == 0.0
+        assert frozen_prefix(rates_of(freeze, progress, 13)) == (0 if isinstance(freeze, NoFreeze) else 12)

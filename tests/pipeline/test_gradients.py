@@ -37,7 +37,7 @@ AGAINST_PLAIN_TORCH = """
         return WithLastLayer(MoCoConfig(hidden_dim=64, out_dim=32), vit)
 
     def start(method):
-        config = EngineConfig(Precision("{precision}"), layer_norms=True)
+        config = EngineConfig(Precision("{precision}"), {stage}, layer_norms=True)
         optim = OptimConfig(clip_each={clip_each}, decay_vectors=False)
         return Engine(method, config, optim, local_batch=16 // world.size, device=world.device)
 
@@ -63,7 +63,9 @@ AGAINST_PLAIN_TORCH = """
             engine.save(saved)
             engine = start(build(seed=7))
             engine.load(saved)
-        now = StepPlan(step / 20, 2e-3, 0.1, 0.9, (1e-3,) * 4, last_layer_rate=3e-3 if step >= RELEASE else 0.0)
+        frozen = step >= {freeze}
+        rates = (0.0 if frozen else 1e-3, *(1e-3,) * 3)
+        now = StepPlan(step / 20, 2e-3, 0.1, 0.9, rates, last_layer_rate=3e-3 if step >= RELEASE else 0.0)
         assert engine.step(batch(step), now).applied
         output = plain(batch(step), now)
         output.loss.backward()
@@ -72,7 +74,8 @@ AGAINST_PLAIN_TORCH = """
             gradient = param.grad.float() / world.size
             param.grad = None
             dist.all_reduce(gradient)
-            master.grad = None if master is last and step < RELEASE else gradient
+            gone = master is last and step < RELEASE or frozen and layer_of.get(id(param)) == 0
+            master.grad = None if gone else gradient
             if master.grad is not None:
                 squares[layer_of.get(id(param), 4)] += float(gradient.double().square().sum())
                 if {clip_each}:
@@ -108,28 +111,38 @@ AGAINST_PLAIN_TORCH = """
     distributed.stop()
     """
 
+NEVER = 10**9
 FP32 = {"precision": "fp32", "norms_within": 1e-4, "moved_within": 1e-3}
 # A bf16 weight that is rounded otherwise moves on otherwise.
 BF16 = {"precision": "bf16", "norms_within": 1e-2, "moved_within": 2e-2}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "numbers", "clip_each", "resumes"),
+    ("ranks", "stage", "numbers", "clip_each", "resumes", "freeze"),
     [
-        pytest.param(1, FP32, 0.05, (4, 5, 6), id="fp32-alone-clipped-resumed"),
-        pytest.param(2, FP32, 0.05, (4, 5, 6), id="fp32-clipped-resumed"),
-        pytest.param(2, FP32, 0.0, (), id="fp32"),
-        pytest.param(1, BF16, 0.0, (5,), id="bf16-alone-resumed"),
-        pytest.param(2, BF16, 0.05, (), id="bf16-clipped"),
+        pytest.param(1, 1, FP32, 0.05, (4, 5, 6), NEVER, id="fp32-alone-clipped-resumed"),
+        pytest.param(2, 1, FP32, 0.05, (4, 5, 6), NEVER, id="fp32-clipped-resumed"),
+        pytest.param(2, 1, FP32, 0.0, (), NEVER, id="fp32"),
+        pytest.param(1, 1, BF16, 0.0, (5,), NEVER, id="bf16-alone-resumed"),
+        pytest.param(2, 1, BF16, 0.05, (), NEVER, id="bf16-clipped"),
+        # A layer freezes while the last one still waits.
+        pytest.param(2, 0, FP32, 0.05, (4, 6), 3, id="fp32-stage-0-clipped-resumed-frozen"),
+        pytest.param(1, 0, BF16, 0.05, (5,), 3, id="bf16-stage-0-clipped-resumed-frozen"),
+        pytest.param(2, 2, FP32, 0.05, (4, 6), 3, id="fp32-stage-2-clipped-resumed-frozen"),
+        pytest.param(2, 2, BF16, 0.05, (), 3, id="bf16-stage-2-clipped-frozen"),
+        pytest.param(2, 1, BF16, 0.05, (4,), 3, id="bf16-clipped-resumed-frozen"),
     ],
 )
 def test_clipping_norms_and_a_late_last_layer_are_plain_torchs(
     run_ranks: Callable[..., list[str]],
     tmp_path: Path,
     ranks: int,
+    stage: int,
     numbers: dict[str, object],
     clip_each: float,
     resumes: tuple[int, ...],
+    freeze: int,
 ) -> None:
-    script = AGAINST_PLAIN_TORCH.format(folder=tmp_path, clip_each=clip_each, resumes=resumes, **numbers)
+    told = {"stage": stage, "clip_each": clip_each, "resumes": resumes, "freeze": freeze}
+    script = AGAINST_PLAIN_TORCH.format(folder=tmp_path, **told, **numbers)
     assert [said.strip().splitlines()[-1] for said in run_ranks(script, ranks)] == ["same"] * ranks

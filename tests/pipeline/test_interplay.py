@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from pipeline.compression import CompressionSchedule, Constant, NoCompression, Staged
+from pipeline.compression import Adaptive, CompressionSchedule, Constant, FittedAdaptive, NoCompression, Staged
 from pipeline.compression.schedule import Stage
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
-from pipeline.interplay import warn_of_early_freezing, whole_from
+from pipeline.interplay import check_waiting, warn_of_early_freezing, whole_from
 from pipeline.methods import MoCoConfig, build_method
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.optim import OptimConfig
@@ -75,6 +75,23 @@ def test_nothing_is_said_of_layers_that_wait(
     caplog: pytest.LogCaptureFixture, compression: CompressionSchedule, freeze: FreezeSchedule
 ) -> None:
     assert said(caplog, compression, freeze) == ""
+
+
+@pytest.fixture
+def adaptive() -> FittedAdaptive:
+    return Adaptive(patch_sizes=[8, 16]).fitted(32, 8)
+
+
+def test_nobody_says_what_an_adaptive_run_will_see(caplog: pytest.LogCaptureFixture, adaptive: FittedAdaptive) -> None:
+    assert math.isinf(whole_from(adaptive, 32, 8))
+    assert "may not have come by then: compression=adaptive decides" in said(caplog, adaptive, FreezeOut())
+
+
+def test_waiting_for_an_adaptive_run_is_refused(adaptive: FittedAdaptive) -> None:
+    check_waiting(adaptive, FreezeOut())
+    check_waiting(NoCompression(), FreezeOut(see_whole=0.1))
+    with pytest.raises(ValueError, match=r"freeze\.see_whole=0\.1 asks when compression ends, which compression=adapt"):
+        check_waiting(adaptive, FreezeOut(see_whole=0.1))
 
 
 def test_the_plan_freezes_when_the_waiting_is_over() -> None:

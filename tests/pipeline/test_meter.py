@@ -77,7 +77,9 @@ def test_rates_are_since_the_last_report_and_leave_pauses_out(
     monkeypatch.setattr("pipeline.meter.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 0.0))
     moco = make_moco()
     meter, plan = Meter(moco, Budget(10, Unit.steps), 8), make_plan(moco, progress=0.2)
-    engine = SimpleNamespace(layer_norms=lambda: [1.0, float("nan"), 2.0, 0.5], grad_norm=lambda: 1.0)
+    engine = SimpleNamespace(
+        layer_norms=lambda: [1.0, float("nan"), 2.0, 0.5], grad_norm=lambda: 1.0, optimizer_bytes=lambda: 7
+    )
 
     def report(seconds: float, steps: int, data_wait: float, done: int) -> dict[str, float]:
         for _ in range(steps):
@@ -107,12 +109,13 @@ def test_what_a_plan_does_to_tokens_is_reported(
 ) -> None:
     moco = make_moco()
     plan = make_plan(moco, compression(8, 0.25), frozen=2, momentum=0.9)
-    engine = SimpleNamespace(layer_norms=list, grad_norm=lambda: 1.0)
+    engine = SimpleNamespace(layer_norms=list, grad_norm=lambda: 1.0, optimizer_bytes=lambda: 7)
     metrics = Meter(moco, Budget(10, Unit.steps), 8).report(TrainState(step=5), plan, engine, loss=1.0)  # type: ignore[arg-type]
     # 16 patches and the class token; the query keeps 12 of the patches, the key all.
     names = ("patch_size_pixels", "token_dropout_ratio", "query_tokens", "key_tokens", "frozen_layers")
     assert [metrics[name] for name in names] == [8, 0.25, 13, 17, 2]
     assert metrics["momentum_ratio"] == 0.9
+    assert metrics["optimizer_bytes"] == 7
 
 
 def test_the_cost_of_tuning_is_a_part_of_the_cost(make_moco: Callable[..., MoCo]) -> None:

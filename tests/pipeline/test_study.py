@@ -65,6 +65,7 @@ def test_refusals(words: list[str], sentence: str) -> None:
         (["patch_sizes=[6,7]"], r"patch_sizes must divide the run's image_size=48, got 7"),
         (["dropouts=[0,0.25]"], r"compression\.start_dropout must be one of compression\.dropouts=\[0\.0, 0\.25\]"),
         (["samples=100"], r"samples must be a multiple of sub_batch"),
+        (["baseline=small_localmim"], r"method=localmim takes no compression: its mask already is a token dropout"),
         (["baseline=tiny"], r"experiment=tiny is not an option; choose from .*tiny_moco"),
         (["budget=500"], r"budget must buy every run at least 2 steps, got 500: one step of none-0 costs 512"),
     ],

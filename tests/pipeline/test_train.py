@@ -21,8 +21,9 @@ from pipeline.compose import load
 from pipeline.distributed import World
 from pipeline.evaluate import load_encoder
 from pipeline.evaluate import run as evaluate
+from pipeline.plan import imagine
 from pipeline.run_directory import read_overrides
-from pipeline.train import _identity
+from pipeline.train import _identity, build_schedules
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24
@@ -285,12 +286,19 @@ def test_how_a_run_chooses_its_compression_must_stay_when_it_resumes() -> None:
 
     def identity(*compression: str) -> dict[str, object]:
         config = load("train", [*words, *compression])
-        return _identity(config, loader, World(0, 0, 1, torch.device("cpu")))  # type: ignore[arg-type]
+        schedules = build_schedules(config, imagine(config))
+        return _identity(config, loader, World(0, 0, 1, torch.device("cpu")), schedules)  # type: ignore[arg-type]
 
     assert identity("compression=adaptive")["compression.share"] == "0.02"
     assert identity("compression=adaptive", "compression.share=0.1")["compression.share"] == "0.1"
     # A schedule may take over, and another one after it.
     assert not [key for key in identity("compression=constant") if key.startswith("compression")]
+    # But for layers that wait for its end; and the warm-up may change where none freezes.
+    stages = "compression.stages=[{until:0.5,dropout:0.5}]"
+    waiting = identity("compression=staged", stages, "freeze=freezeout", "freeze.see_whole=0.1")
+    assert waiting["compression"] == "whole images from 0.5 of the budget"
+    assert "rate.warmup" in waiting
+    assert "rate.warmup" not in identity("compression=none", "freeze=none")
 
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
@@ -357,6 +365,7 @@ def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
     assert "processes must stay what it was" in refuse(train("run", 2))
     assert "engine.precision must stay what it was" in refuse(train("run", 1, "engine.precision=bf16"))
     assert "optim.decay_vectors must stay what it was" in refuse(train("run", 1, "optim.decay_vectors=false"))
+    assert "rate.warmup must stay what it was" in refuse(train("run", 1, "rate.warmup=0.3"))
     assert papers == {name: (life.directory / name).read_bytes() for name in papers}
     fresh = train("run", 1, "overwrite=true", "budget.value=2")
     fresh.succeed()

@@ -84,3 +84,13 @@ def test_a_smaller_life_forgets_the_ranks_of_a_killed_larger_one(tmp_path):
     assert sorted(p.stem for p in targets.iterdir()) == ["a-0", "a-1", "a-b-2", "a-x"]
     sink.close()
     assert sorted(p.stem for p in targets.iterdir()) == ["a-1", "a-b-2", "a-x"]
+
+
+def test_a_term_that_left_the_loss_is_no_longer_shown(sink):
+    sink.write(1, {"loss": 2.0, "loss_tap1": 1.5, "loss_tap2": 0.5})
+    sink.write(2, {"checkpoint_seconds": 1.0})
+    assert {"coldpress_loss_tap1", "coldpress_loss_tap2"} <= names(scrape(sink))
+    sink.write(3, {"loss": 0.5, "loss_tap2": 0.5})
+    shown = names(scrape(sink))
+    assert "coldpress_loss_tap1" not in shown
+    assert {"coldpress_loss_tap2", "coldpress_checkpoint_seconds"} <= shown

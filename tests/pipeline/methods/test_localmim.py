@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
+from pipeline.methods import MoCoConfig, check_compressible
 from pipeline.methods.localmim import DecoderRates, LocalMIM, LocalMIMConfig, masked_error
 from pipeline.models.hog import hog_targets
 from pipeline.models.positions import sincos_positions
@@ -167,7 +168,9 @@ def test_cost_counts_decoders_and_loses_them_with_their_blocks(make_plan: MakePl
         ({"taps": [1, 2, 3]}, r"method\.taps must end with the last of 4 blocks"),
         ({"doublings": [4, 1, 0]}, r"model\.patch_size must be a multiple of 16, for .* got 8; take another"),
         ({"doublings": [1, 0, -3]}, r"model\.image_size must be a multiple of 8 patches, for .* got 4 patches"),
-        ({"decoder_dim": 30}, r"method\.decoder_dim must be a multiple of 4 \* method\.decoder_heads"),
+        ({"decoder_dim": 30}, r"method\.decoder_dim must be a multiple of 4, of method\.decoder_heads=2 and of 2 to"),
+        ({"decoder_dim": 32, "decoder_heads": 6}, r"of method\.decoder_heads=6 and .* got 32"),
+        ({"decoder_dim": 4, "doublings": [3, 1, 0]}, r"largest of method\.doublings=\[3, 1, 0\], got 4"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, object], sentence: str) -> None:
@@ -178,12 +181,22 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, object], sentence: st
 @pytest.mark.parametrize("query", [compression(16, 0.0), compression(None, 0.5)])
 def test_compression_is_refused_with_the_reason(make_plan: MakePlan, query: Compression) -> None:
     method = make_localmim()
-    with pytest.raises(
-        ValueError, match=r"compression does not go with method=localmim: its mask .* 60% of the tokens"
-    ):
+    with pytest.raises(ValueError, match=r"method=localmim takes no compression: its mask already is"):
         method.tokens(make_plan(method, query))
 
 
 def test_the_models_own_patches_are_no_compression(make_plan: MakePlan) -> None:
     method = make_localmim()
     assert method.tokens(make_plan(method, compression(8, 0.0))) == method.tokens(make_plan(method)) == 7
+
+
+def test_commands_that_compress_can_ask_beforehand() -> None:
+    check_compressible(MoCoConfig())
+    with pytest.raises(ValueError, match="method=localmim takes no compression"):
+        check_compressible(LocalMIMConfig())
+
+
+def test_one_patch_leaves_nothing_to_mask() -> None:
+    vit = ViT(ViTConfig("vit_tiny_patch16_224", 8, 8, 48, 4, 3), seed=0)
+    with pytest.raises(ValueError, match=r"model\.image_size must be several patches of 8 for a mask, got 8"):
+        LocalMIM(LocalMIMConfig(taps=[4], doublings=[0]), vit)
