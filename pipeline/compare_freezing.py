@@ -10,7 +10,7 @@ from pipeline.benchmarks.report import Column, Report
 from pipeline.children import metrics_of, own_directory
 from pipeline.config import CompareFreezingConfig
 from pipeline.freezing_plots import freezing_picture
-from pipeline.trials import Task, Trial, caveats, check_shards, seconds_of_steps
+from pipeline.trials import Task, Trial, check_shards, short_runs, step_seconds
 
 MARKER = ".coldpress-compare-freezing"
 UNFROZEN, UNSCALED, SCALED, SHORTENED = "unfrozen", "frozen", "frozen, scaled", "shortened"
@@ -41,7 +41,8 @@ def run(config: CompareFreezingConfig) -> None:
     rows: list[dict[str, Any]] = []
     for case in (UNFROZEN, UNSCALED, SCALED, SHORTENED):
         rows.append(_row(task, case, trial(config, case, rows), rows))
-    report = Report(COLUMNS, rows, [verdict(rows), *caveats(rows)])
+    pace = "Time `of unfrozen` is held against the same run's own steps before any layer froze."
+    report = Report(COLUMNS, rows, [verdict(rows), pace, *short_runs(rows)])
     print(report.table())
     report.write(output / "compare-freezing.json", "compare-freezing", asdict(config))
     freezing_picture({row["case"]: metrics_of(output / row["run"]) for row in rows}, output / "compare-freezing.png")
@@ -76,24 +77,32 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 def _row(task: Task, case: str, trial: Trial, rows: list[dict[str, Any]]) -> dict[str, Any]:
     trained = trial.train(task)
     # The untrained encoder is the same for all.
-    untrained = rows[0]["knn_init"] if rows else trial.evaluate(task, "init")
-    metrics = [row for row in metrics_of(Path(task.output) / trial.run) if "loss" in row]
-    row: dict[str, Any] = {
-        "case": case,
-        "run": trial.run,
-        **trained,
-        "units": metrics[-1]["cost_total"],
-        "seconds": seconds_of_steps(metrics),
-        "last_loss": _last_term(metrics[-1]),
-        "optimizer_mib": metrics[-1]["optimizer_bytes"] / 2**20,
-        "knn_init": untrained,
-        "knn": trial.evaluate(task, "latest"),
+    knn = {"knn_init": rows[0]["knn_init"] if rows else trial.evaluate(task, "init")}
+    knn["knn"] = trial.evaluate(task, "latest")
+    return {"case": case, "run": trial.run, **trained, **knn, **ratios(metrics_of(Path(task.output) / trial.run), rows)}
+
+
+def ratios(metrics: list[dict[str, float]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a run's cost and time, and both over those of the unfrozen run, the first of the rows.
+
+    Its time is held against its own steps before any layer froze, as many as the unfrozen run has: between runs,
+    minutes apart, a machine changes its pace by more than freezing saves.
+    """
+    training = [row for row in metrics if "loss" in row]
+    steps = step_seconds(metrics)
+    units, seconds = training[-1]["cost_total"], sum(count * each for count, each in steps.values())
+    whole = rows[0] if rows else {"units": units, "steps": training[-1]["step"]}
+    cost_ratio = units / whole["units"]
+    time_ratio = seconds / (whole["steps"] * steps[0][1])
+    return {
+        "units": units,
+        "cost_ratio": cost_ratio,
+        "seconds": seconds,
+        "time_ratio": time_ratio,
+        "realized": (1 - time_ratio) / (1 - cost_ratio) if cost_ratio < 1 else None,
+        "last_loss": _last_term(training[-1]),
+        "optimizer_mib": training[-1]["optimizer_bytes"] / 2**20,
     }
-    whole = rows[0] if rows else row
-    row["cost_ratio"], row["time_ratio"] = row["units"] / whole["units"], row["seconds"] / whole["seconds"]
-    cheaper = row["cost_ratio"] < 1
-    row["realized"] = (1 - row["time_ratio"]) / (1 - row["cost_ratio"]) if cheaper else None
-    return row
 
 
 def _last_term(metrics: dict[str, float]) -> float:

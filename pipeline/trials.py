@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +125,34 @@ def summarize(rows: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def seconds_of_steps(rows: list[dict[str, float]]) -> float:
-    """Return the seconds that the steps of a run took, without start and saves."""
+def step_seconds(rows: list[dict[str, float]]) -> dict[int, tuple[float, float]]:
+    """Return, by frozen layers, how many steps a run took and how long each: the median over log intervals."""
     training = [row for row in rows if "loss" in row]
-    before = [0.0, *(row["steps_total"] for row in training)]
-    return sum(row["step_seconds"] * (row["steps_total"] - b) for row, b in zip(training, before, strict=False))
+    steps: Counter[int] = Counter()
+    seconds: dict[int, list[float]] = {}
+    for before, row in pairwise([{"steps_total": 0.0}, *training]):
+        frozen = int(row["frozen_layers"])
+        steps[frozen] += int(row["steps_total"] - before["steps_total"])
+        seconds.setdefault(frozen, []).append(row["step_seconds"])
+    return {frozen: (steps[frozen], statistics.median(each)) for frozen, each in seconds.items()}
 
 
 def caveats(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Say what the table's columns are not, and which of its rows say little."""
     logged = ", ".join(f"{step:.0f}" for step in sorted({row["step_first"] for row in rows}))
-    notes = [f"`loss from` is of the first step that is logged ({logged}), `k-NN from` of the untrained encoder."]
+    first = f"`loss from` is of the first step that is logged ({logged}), `k-NN from` of the untrained encoder."
+    return [first, *short_runs(rows)]
+
+
+def short_runs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which rows say little."""
     short = [f"{row['run']}: {row['steps']:.0f}" for row in rows if row["steps"] < FEW_STEPS]
-    if short:
-        notes.append(
-            f"Fewer than {FEW_STEPS} steps, so that figures are noise of the start ({'; '.join(short)}): "
-            "say a larger budget."
-        )
-    return notes
+    if not short:
+        return []
+    return [
+        f"Fewer than {FEW_STEPS} steps, so that figures are noise of the start ({'; '.join(short)}): "
+        "say a larger budget."
+    ]
 
 
 def check_shards(task: Task) -> None:

@@ -8,11 +8,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline.children import coldpress
-from pipeline.compare_freezing import run, trial, verdict
+from pipeline.compare_freezing import ratios, run, trial, verdict
 from pipeline.compose import load
 from pipeline.config import CompareFreezingConfig
 from pipeline.freezing_plots import freezes, freezing_picture
-from pipeline.trials import seconds_of_steps
+from pipeline.trials import step_seconds
 
 
 def configured(*words: str) -> CompareFreezingConfig:
@@ -37,14 +37,33 @@ def test_the_verdict_is_of_what_costs_the_same() -> None:
     assert "is: shortened, 40.0% (frozen 30.0%, frozen, scaled 25.0%); unfrozen at full cost 90.0%" in said
 
 
-def test_seconds_are_those_of_steps_and_freezes_are_found() -> None:
+def test_freezes_are_found() -> None:
     training = [
         {"loss": 1.0, "step": 10, "steps_total": 10, "step_seconds": 2.0, "frozen_layers": 0},
         {"loss": 1.0, "step": 14, "steps_total": 14, "step_seconds": 1.0, "frozen_layers": 2},
     ]
-    rows = [training[0], {"checkpoint_seconds": 5.0}, training[1], {"checkpoint_seconds": 5.0}]
-    assert seconds_of_steps(rows) == 24.0  # type: ignore[arg-type]
     assert freezes(training) == [14]  # type: ignore[arg-type]
+
+
+def test_time_is_held_against_the_runs_own_pace() -> None:
+    def row(step: int, seconds: float, frozen: int, cost: float) -> dict[str, float]:
+        also = {"loss": 1.0, "loss_tap1": 0.4, "loss_tap4": 0.1, "optimizer_bytes": 2.0**20}
+        return {
+            "step": step,
+            "steps_total": step,
+            "step_seconds": seconds,
+            "frozen_layers": frozen,
+            "cost_total": cost,
+        } | also
+
+    # A stutter of the machine in one of three intervals.
+    metrics = [row(10, 2.0, 0, 10), row(20, 9.0, 0, 20), row(30, 2.0, 0, 30), {"knn": 1.0}, row(40, 1.0, 2, 34)]
+    assert step_seconds(metrics) == {0: (30, 2.0), 2: (10, 1.0)}
+    found = ratios(metrics, [{"units": 40.0, "steps": 40.0}])
+    assert (found["seconds"], found["cost_ratio"], found["time_ratio"]) == (70.0, 34 / 40, 70 / 80)
+    assert found["realized"] == pytest.approx((10 / 80) / (6 / 40))
+    assert (found["last_loss"], found["optimizer_mib"]) == (0.1, 1.0)
+    assert ratios(metrics, [])["realized"] is None
 
 
 def test_freezes_are_marked_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
