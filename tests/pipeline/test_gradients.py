@@ -71,7 +71,7 @@ AGAINST_PLAIN_TORCH = """
         output.loss.backward()
         squares = [0.0] * 5
         for param, master in zip(params, masters):
-            gradient = param.grad.float() / world.size
+            gradient = torch.zeros_like(master) if param.grad is None else param.grad.float() / world.size
             param.grad = None
             dist.all_reduce(gradient)
             gone = master is last and step < RELEASE or frozen and layer_of.get(id(param)) == 0
@@ -115,6 +115,8 @@ NEVER = 10**9
 FP32 = {"precision": "fp32", "norms_within": 1e-4, "moved_within": 1e-3}
 # A bf16 weight that is rounded otherwise moves on otherwise.
 BF16 = {"precision": "bf16", "norms_within": 1e-2, "moved_within": 2e-2}
+# Not at stages 0 and 2, where averaged gradients are bf16, too, and are clipped in it: after a few steps of Adam there
+# is nothing left to compare.
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,7 @@ BF16 = {"precision": "bf16", "norms_within": 1e-2, "moved_within": 2e-2}
         pytest.param(2, 1, BF16, 0.05, (), NEVER, id="bf16-clipped"),
         # A layer freezes while the last one still waits.
         pytest.param(2, 0, FP32, 0.05, (4, 6), 3, id="fp32-stage-0-clipped-resumed-frozen"),
-        pytest.param(1, 0, BF16, 0.05, (5,), 3, id="bf16-stage-0-clipped-resumed-frozen"),
         pytest.param(2, 2, FP32, 0.05, (4, 6), 3, id="fp32-stage-2-clipped-resumed-frozen"),
-        pytest.param(2, 2, BF16, 0.05, (), 3, id="bf16-stage-2-clipped-frozen"),
         pytest.param(2, 1, BF16, 0.05, (4,), 3, id="bf16-clipped-resumed-frozen"),
     ],
 )
