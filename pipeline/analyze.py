@@ -31,7 +31,7 @@ from pipeline.networks import networks
 from pipeline.run_directory import read_overrides
 from pipeline.train import build_schedules
 
-# At the very end every rate is zero, and a layer with a rate of zero counts as frozen.
+# At the very end the rate of the last layer is zero, and it would count as one that still waits.
 LAST = 1 - 1e-6
 FOLDER = "analysis"
 # What does not change a schedule: where files lie and how many passes are taken.

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("pipeline.compare", "every method with and without compression at the same cost"),
     "compare-freezing": ("pipeline.compare_freezing", "a run without freezing, with it, and as cheap but not frozen"),
     "study": ("pipeline.study", "baseline, analysis and schedule, and what each way to compress is worth"),
-    "bench": ("pipeline.bench", "step, freezing, loader and start, each against a baseline or a limit"),
+    "bench": ("pipeline.bench", "step, freezing, targets, loader and start, each against a baseline or a limit"),
     "demo": ("pipeline.demo", "all of the above in minutes"),
 }
 # Commands that keep the user's own words beside what they produce.

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from monitoring.metrics import TERMS
 from pipeline.benchmarks.report import Column, Report
 from pipeline.children import metrics_of, own_directory
 from pipeline.config import CompareFreezingConfig
@@ -107,5 +108,5 @@ def ratios(metrics: list[dict[str, float]], rows: list[dict[str, Any]]) -> dict[
 
 def _last_term(metrics: dict[str, float]) -> float:
     """Return the term of the loss that stays to the end: LocalMIM's others go with their blocks."""
-    terms = sorted(name for name in metrics if name.startswith("loss_tap"))
+    terms = sorted(name for name in metrics if name.startswith(TERMS))
     return metrics[terms[-1]] if terms else metrics["loss"]

@@ -56,7 +56,6 @@ CLIENT_KEY = "coldpress"
 FROZEN_KEY = "coldpress_frozen_layers"
 log = logging.getLogger(__name__)
 
-
 STAGES = (0, 1, 2)
 
 
@@ -219,7 +218,6 @@ class Engine:
             self._attached,
             decay_vectors=self._optim.decay_vectors,
         )
-        self._names = [group["name"] for group in groups]
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=self.method,
@@ -229,9 +227,8 @@ class Engine:
             dist_init_required=False,
         )
         if self._config.stage == 0 and not self._plain:
-            # It took a step without gradients, which decayed weights and counts.
+            # It took a step without gradients, at a rate of zero, and counted it.
             self._engine.optimizer.optimizer.state.clear()
-            self._engine.optimizer.refresh_fp32_params()
         self._norms = TensorNorms(self._engine.optimizer)
 
     def _gone(self, frozen_layers: int) -> Iterator[nn.Parameter]:
@@ -241,7 +238,8 @@ class Engine:
 
     def _live_names(self) -> set[str]:
         gone = {name for i in range(self._frozen_layers) for name in (layer_name(i), attached_name(i))}
-        return {name for name in self._names if name.removesuffix(VECTORS) not in gone}
+        names = {group["name"] for group in self._engine.optimizer.param_groups}
+        return {name for name in names if name.removesuffix(VECTORS) not in gone}
 
     def _set_rates(self, plan: StepPlan) -> None:
         rates = {layer_name(i): rate for i, rate in enumerate(plan.layer_rates)}

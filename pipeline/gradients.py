@@ -58,10 +58,8 @@ class TensorNorms:
 
     @torch.no_grad()
     def clip_total(self, limit: float) -> None:
-        """Scale all gradients down to a global norm of `limit`, as measured."""
-        _, pieces = self._pieces()
-        if pieces:
-            torch._foreach_mul_(pieces, (limit / (self.squares.sum().sqrt() + 1e-6)).clamp(max=1))
+        """Scale all gradients, where each process holds the whole, down to a global norm of `limit`, as measured."""
+        torch.nn.utils.clip_grads_with_norm_(self._members, limit, self.squares.sum().sqrt())
 
     def total(self) -> float:
         """Return the global norm as measured."""

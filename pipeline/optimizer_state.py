@@ -1,6 +1,6 @@
 """The optimizer state of a DeepSpeed engine, by parameter group: taken out of one engine and put into the next.
 
-Each process moves its own part; nothing is sent, copied or rounded. What is kept must have the same name and members in
+Each process moves its own part; nothing is sent or rounded. What is kept must have the same name and members in
 both engines.
 """
 

@@ -27,7 +27,7 @@ FEW_STEPS = 30
 
 @dataclass(frozen=True)
 class Task:
-    """What all runs have in common: data, budget in units of cost, and how they are judged."""
+    """What all runs have in common: data, budget in the unit that their words say, and how they are judged."""
 
     shards: str
     # Labelled shards to classify by the training shards; empty: a held-out fifth of those.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.benchmarks.report import Column, Report
 from pipeline.benchmarks.step import NoiseBatch, alternate, make_batch, make_engine, make_plan
+from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
@@ -77,9 +78,7 @@ def bench_freezing(config: BenchConfig, world: World) -> Report:
             Row(
                 frozen=frozen,
                 milliseconds=1e3 * statistics.median(seconds),
-                ratio=statistics.median(ratios),
-                ratio_low=min(ratios),
-                ratio_high=max(ratios),
+                **Spread.of(ratios).fields("ratio"),
                 ideal=method.sample_cost(plan) / method.sample_cost(baseline),
                 activation_mib=kept_for_backward(method, make_batch(config, world, method), plan) / MIB,
                 peak_mib=_peak(engine, make_batch(config, world, method), plan, world),

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.benchmarks.peers.hog_by_scale import hog_by_scale
 from pipeline.benchmarks.report import Column, Report
 from pipeline.benchmarks.step import alternate, make_engine, make_plan
+from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
@@ -55,7 +56,5 @@ def _row(name: str, times: list[float], ours: list[float]) -> dict[str, float | 
     return {
         "case": name,
         "milliseconds": 1e3 * statistics.median(times),
-        "ratio": statistics.median(ratios),
-        "ratio_low": min(ratios),
-        "ratio_high": max(ratios),
+        **Spread.of(ratios).fields("ratio"),
     }

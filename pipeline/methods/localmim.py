@@ -103,6 +103,8 @@ class LocalMIM(Method):
             initialize_as_localmim(encoder)
         places = zip(config.taps, config.doublings, strict=True)
         self.taps = nn.ModuleList(self._tap(i, *place) for i, place in enumerate(places, start=1))
+        # Asked for at every step, and always the same.
+        self._decoder_costs = {tap.block: self._decoder_cost(tap) for tap in self._all_taps()}
 
     def views(self) -> Sequence[ViewSpec]:
         """Return one view: crop and flip."""
@@ -121,7 +123,7 @@ class LocalMIM(Method):
         masked = _mask(visible, vit.grid**2)
         losses = {}
         for tap, target in zip(taps, self.targets(images, [tap.cell for tap in taps]), strict=True):
-            predicted = tap.decoder(tap.norm(tokens[tap.block]), visible, vit.grid, vit.grid)
+            predicted = tap.decoder(tap.norm(tokens[tap.block]), visible, vit.grid)
             losses[tap.name] = masked_error(predicted, target, masked, vit.grid)
         metrics = {name: loss.detach() for name, loss in losses.items()}
         return StepOutput(torch.stack([*losses.values()]).sum(), metrics | spread(tokens[taps[-1].block][:, 0]))
@@ -171,19 +173,18 @@ class LocalMIM(Method):
 
     def sample_cost(self, plan: StepPlan) -> float:
         """Return the encoder's cost and that of the decoders, whose weights are held against the encoder's."""
-        return super().sample_cost(plan) + 3 * self._decoders_cost(self.active(plan))
+        return super().sample_cost(plan) + 3 * sum(self._decoder_costs[tap.block] for tap in self.active(plan))
 
     def nominal_sample_cost(self, plan: StepPlan) -> float:
         """Return the same with the encoder's by the formula of Lin et al., 2024, and nothing frozen."""
-        return super().nominal_sample_cost(plan) + 3 * self._decoders_cost(self._all_taps())
+        return super().nominal_sample_cost(plan) + 3 * sum(self._decoder_costs.values())
 
-    def _decoders_cost(self, taps: Sequence[Tap]) -> float:
-        """Return a forward of the decoders, in forwards of the reference sequence through the encoder."""
+    def _decoder_cost(self, tap: Tap) -> float:
+        """Return a forward of a tap's decoder, in forwards of the reference sequence through the encoder."""
         vit = self.encoder.config
         visible = self._masking().keep(vit.grid**2)
-        decoders = sum(tap.decoder.weights_per_image(visible, vit.grid) for tap in taps)
         per_token = sum(p.numel() for block in self.encoder.blocks for p in block.parameters() if p.dim() == 2)
-        return float(decoders / (vit.reference_length * per_token))
+        return float(tap.decoder.weights_per_image(visible, vit.grid) / (vit.reference_length * per_token))
 
     def _masking(self) -> Compression:
         # A masked patch is a dropped token: never projected, chosen by the sample's own number.
@@ -205,16 +206,10 @@ def masked_error(predicted: Tensor, target: Tensor, masked: Tensor, grid: int) -
     """
     error = (predicted.to(target.dtype) - target).square().mean(2)
     side = round(error.shape[1] ** 0.5)
-    weight = _resample(torch.unflatten(masked.to(target.dtype), 1, (grid, grid)), side).flatten(1)
+    patches = torch.unflatten(masked.to(target.dtype), 1, (1, grid, grid))
+    # Repeated for smaller cells, averaged for larger ones.
+    weight = F.interpolate(patches, (side, side), mode="nearest" if side > grid else "area").flatten(1)
     return (error * weight).sum() / weight.sum()
-
-
-def _resample(mask: Tensor, side: int) -> Tensor:
-    """Return a mask [B, grid, grid] as [B, side, side]: repeated for smaller cells, averaged for larger ones."""
-    grid = mask.shape[-1]
-    if side < grid:
-        return F.avg_pool2d(mask[:, None], grid // side)[:, 0]
-    return mask.repeat_interleave(side // grid, 1).repeat_interleave(side // grid, 2)
 
 
 def _mask(visible: Tensor, count: int) -> Tensor:

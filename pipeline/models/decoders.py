@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from pipeline.models.initialization import xavier_uniform_linear
 from pipeline.models.positions import sincos_positions
+
+# As masked image models have it.
+_LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchDecoder(nn.Module):
@@ -28,18 +33,15 @@ class PatchDecoder(nn.Module):
         self.norm = _LayerNorm(dim)
         self.predict = _prediction_head(dim, doublings, out_dim)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in (self.embed, *self.block.modules()):
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_uniform_linear(self)
 
-    def forward(self, tokens: Tensor, visible: Tensor, grid: int, base_grid: int) -> Tensor:
+    def forward(self, tokens: Tensor, visible: Tensor, grid: int) -> Tensor:
         """Return predictions [B, cells, out_dim] from tokens [B, 1 + V, D] of the visible patches [B, V] of a grid."""
         tokens = self.embed(tokens)
         class_token, patches = tokens[:, :1], tokens[:, 1:]
         place = visible[:, :, None].expand_as(patches)
         whole = self.mask_token.to(patches.dtype).expand(len(tokens), grid**2, -1).scatter(1, place, patches)
-        whole = whole + sincos_positions(grid, base_grid, self.dim, tokens.device, tokens.dtype)
+        whole = whole + sincos_positions(grid, grid, self.dim, tokens.device, tokens.dtype)
         decoded = self.norm(self.block(torch.cat([class_token, whole], 1)))[:, 1:]
         image = decoded.transpose(1, 2).unflatten(2, (grid, grid))
         predicted: Tensor = self.predict(image).flatten(2).transpose(1, 2)
@@ -52,28 +54,13 @@ class PatchDecoder(nn.Module):
         places = grid**2
         for module in self.predict:
             if isinstance(module, nn.AvgPool2d):
-                places //= 4
+                assert isinstance(module.kernel_size, int)
+                places //= module.kernel_size**2
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 # A transposed convolution by two multiplies each input by all of its weights.
                 total += places * module.weight.numel()
                 places *= math.prod(module.stride)
         return total
-
-
-class _LayerNorm(nn.LayerNorm):
-    """Layer norm as masked image models have it."""
-
-    def __init__(self, dim: int, **kwargs: object) -> None:
-        super().__init__(dim, eps=1e-6)
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of [B, C, H, W]."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
-            0, 3, 1, 2
-        )
 
 
 def _prediction_head(dim: int, doublings: int, out_dim: int) -> nn.Sequential:
@@ -83,7 +70,7 @@ def _prediction_head(dim: int, doublings: int, out_dim: int) -> nn.Sequential:
     modules: list[nn.Module] = []
     for number in range(doublings):
         if number:
-            modules += [_ChannelNorm(dim, eps=1e-6), nn.GELU()]
+            modules += [LayerNorm2d(dim, eps=1e-6), nn.GELU()]
         modules.append(nn.ConvTranspose2d(dim, dim // 2, 2, stride=2))
         dim //= 2
     return nn.Sequential(*modules, nn.Conv2d(dim, out_dim, 1))

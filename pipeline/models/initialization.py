@@ -50,13 +50,18 @@ def initialize_as_localmim(vit: ViT) -> None:
     Xavier-uniform linear layers and patch projection, zero biases but for the projection's, a class token of standard
     deviation 0.02.
     """
-    for module in vit.modules():
+    xavier_uniform_linear(vit)
+    nn.init.normal_(vit.class_token, std=0.02)
+    nn.init.xavier_uniform_(vit.patch.weight.flatten(1))
+
+
+def xavier_uniform_linear(network: nn.Module) -> None:
+    """Initialize every linear layer in place: Xavier-uniform weights, zero biases."""
+    for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(vit.class_token, std=0.02)
-    nn.init.xavier_uniform_(vit.patch.weight.flatten(1))
 
 
 def _uniform(weight: Tensor, fans: int) -> None:

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monitoring.metrics import TERMS, check
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
 from pipeline.methods import MoCoConfig, check_compressible
-from pipeline.methods.localmim import DecoderRates, LocalMIM, LocalMIMConfig, masked_error
+from pipeline.methods.localmim import MAX_TAPS, DecoderRates, LocalMIM, LocalMIMConfig, masked_error
+from pipeline.models.decoders import PatchDecoder
 from pipeline.models.hog import hog_targets
 from pipeline.models.positions import sincos_positions
 from pipeline.models.vit import ViT, ViTConfig
@@ -104,7 +106,7 @@ def test_the_sizes_of_the_paper() -> None:
     method = LocalMIM(LocalMIMConfig(), ViT(ViTConfig("vit_tiny_patch16_224"), seed=0))
     assert [tap.cell for tap in method.taps] == [4, 8, 16, 32]
     tokens, visible = torch.zeros(1, 50, 192), torch.arange(49)[None]
-    shapes = [tuple(tap.decoder(tokens, visible, 14, 14).shape) for tap in method.taps]
+    shapes = [tuple(tap.decoder(tokens, visible, 14).shape) for tap in method.taps]
     assert shapes == [(1, 3136, 27), (1, 784, 27), (1, 196, 27), (1, 49, 27)]
 
 
@@ -200,3 +202,14 @@ def test_one_patch_leaves_nothing_to_mask() -> None:
     vit = ViT(ViTConfig("vit_tiny_patch16_224", 8, 8, 48, 4, 3), seed=0)
     with pytest.raises(ValueError, match=r"model\.image_size must be several patches of 8 for a mask, got 8"):
         LocalMIM(LocalMIMConfig(taps=[4], doublings=[0]), vit)
+
+
+def test_every_tap_has_its_name_in_the_catalogue() -> None:
+    check({f"{TERMS}{number}": 0.0 for number in range(1, MAX_TAPS + 1)})
+    assert [tap.name for tap in make_localmim().taps] == [f"{TERMS}{number}" for number in (1, 2, 3)]
+
+
+def test_a_head_costs_less_where_cells_are_larger() -> None:
+    # One multiplication by the last layer's weights for each of 16, 4 and 1 cells; all else is the same.
+    costs = [PatchDecoder(8, 8, 2, doublings, 5).weights_per_image(3, 4) for doublings in (0, -1, -2)]
+    assert (costs[0] - costs[1], costs[1] - costs[2]) == (12 * 8 * 5, 3 * 8 * 5)

@@ -100,3 +100,13 @@ def test_a_restored_average_goes_on_closing_where_it_was() -> None:
         for name, tensor in one.state().items():
             assert torch.equal(tensor, other.state()[name])
     assert other.shared_layers([[other._online[0]]]) == 1
+
+
+def test_a_state_from_before_there_were_gaps_has_them_open() -> None:
+    encoder = make_encoder(0, torch.float32)
+    state = {name: tensor.clone() for name, tensor in encoder.state().items() if name != "gaps"}
+    weight = encoder._online[0].requires_grad_(False)
+    for _ in range(100):
+        encoder.update(0.9)
+    encoder.load(state)
+    assert encoder.shared_layers([[weight]]) == 0
