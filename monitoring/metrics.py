@@ -81,13 +81,15 @@ _METRICS = (
     _gauge("frozen_layers", "Layers, counted from the input, that no longer learn."),
     _gauge("optimizer_bytes", "Master weights and moments that this process keeps; less as layers freeze."),
     # What survives.
-    _gauge("checkpoint_seconds", "Duration of the last checkpoint."),
+    _gauge("checkpoint_seconds", "Time from the last checkpoint's copy until it was durable; training went on."),
+    _gauge("checkpoint_stall_seconds", "Time that training waited for the last checkpoint."),
     _gauge("checkpoint_bytes", "Size of the last checkpoint."),
     _gauge("last_checkpoint_timestamp_seconds", "Unix time of the last checkpoint."),
     _gauge("last_step_timestamp_seconds", "Unix time of the last reported step."),
     _gauge("start_timestamp_seconds", "Unix time at which the process opened its endpoint."),
     _gauge("restarts", "How often the scheduler restarted this job."),
     _counter("checkpoints_total", "Checkpoints"),
+    _counter("checkpoint_failures_total", "Checkpoints that could not be written"),
 )
 
 CATALOG: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _METRICS})

@@ -19,7 +19,7 @@ from pipeline.analysis.measure import grid, measure
 from pipeline.analysis.results import Analysis, Panel, panel_from, write
 from pipeline.analysis.selection import Choice, choose, stages
 from pipeline.analysis_plots import draw
-from pipeline.checkpoint import checkpoints, find_damage, progress_of
+from pipeline.checkpoint_files import checkpoints, find_damage, progress_of
 from pipeline.compose import load
 from pipeline.compression import NoCompression
 from pipeline.compression.schedule import Cell

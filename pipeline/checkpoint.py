@@ -1,24 +1,36 @@
-"""What survives a run's process: the train state and the engine's shards, published last and checked first."""
+"""What survives a run's process: saved beside the training, published last, checked before anything is read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from pipeline.distributed import barrier, from_main, on_main, rank
-from pipeline.engine import Engine
+from pipeline import pieces
+from pipeline.checkpoint_files import (
+    TEMPORARY,
+    checkpoints,
+    clear_leftovers,
+    content_of,
+    name_of,
+    newest_valid,
+    progress_of,
+    publish,
+    seal,
+    set_aside,
+    step_of,
+)
+from pipeline.distributed import any_rank, from_main, on_main, rank, sum_over_ranks
+from pipeline.engine import Engine, file_name
+from pipeline.pieces import HostCopies
 
-STATE_NAME = "state.json"
-MANIFEST_NAME = "MANIFEST.json"
-LATEST_NAME = "latest"
-PREFIX = "step_"
+# Of room on the disk, beyond what a checkpoint takes: for logs, manifests and who else writes there.
+SPARE_BYTES = 64 * 2**20
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +59,10 @@ class CheckpointConfig:
     every_steps: int = 1000
     every_minutes: float = 15.0
     keep_last: int = 2
+    # Keep for good each checkpoint of a step that this divides; 0 keeps none for that.
+    keep_every_steps: int = 0
+    # Save with each k-NN probe, and keep the checkpoint of the highest.
+    keep_best: bool = False
     # Shares of the budget: what is saved when each is reached is kept for good, to be analyzed later.
     milestones: list[float] = field(default_factory=list)
 
@@ -58,6 +74,11 @@ class CheckpointConfig:
             )
         if self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last must be at least 1, got {self.keep_last}.")
+        if self.keep_every_steps < 0 or self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                "checkpoint.keep_every_steps must be a multiple of checkpoint.every_steps="
+                f"{self.every_steps}, got {self.keep_every_steps}; 0 keeps the last ones only."
+            )
         if not all(0 < milestone <= 1 for milestone in self.milestones):
             raise ValueError(
                 f"checkpoint.milestones must be shares of the budget in (0, 1], got {self.milestones}; "
@@ -65,21 +86,67 @@ class CheckpointConfig:
             )
 
 
+class Background:
+    """Something that is done beside the training; what it raises is kept."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.failure = ""
+        self._action = action
+        # Not a daemon: a process that ends finishes what it has begun to write.
+        self._thread = Thread(target=self._run, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Return whether it is still being done."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until it is done."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        # Whatever it is, training goes on, and the loop says what happened.
+        except Exception as error:
+            self.failure = str(error) or type(error).__name__
+
+
+@dataclass
+class Save:
+    """A checkpoint on its way to the disk."""
+
+    final: Path
+    content: dict[str, Any]
+    num_bytes: int
+    began: float
+    # First all processes write their files, then the main one publishes them.
+    work: Background
+    publishing: bool = False
+
+    @property
+    def temporary(self) -> Path:
+        """Return where it is written."""
+        return self.final.with_name(TEMPORARY + self.final.name)
+
+
 class Checkpointer:
     """Saves and restores a run; every process must make the same calls.
 
-    A checkpoint is written under a temporary name, synced, listed with checksums, renamed, and only then named
-    as the latest: whatever kills the run, what looks like a checkpoint is one. `identity` is what a resumed
-    run must share with the run that saved.
+    A save copies the state and goes on in the background: the loop calls `settle` at every step with the answers of
+    all processes, and `finish` to wait. `identity` is what a resumed run must share with the run that saved.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, identity: dict[str, Any]) -> None:
-        self.directory = directory
-        self.config = config
-        self.identity = identity
+        self.directory, self.config, self.identity = directory, config, identity
+        # Why the newest state that was to be saved is not on the disk; empty when it is.
+        self.failure = ""
+        self._copies = HostCopies()
+        self._save: Save | None = None
         self._last_save = time.monotonic()
         self._saved_progress = 0.0
-        self._saves = 0
+        self._saves = self._failures = 0
 
     def due(self, state: TrainState, progress: float) -> bool:
         """Return whether a save is due. Clocks differ: only the main process's answer counts."""
@@ -87,32 +154,73 @@ class Checkpointer:
         passed = any(self._saved_progress < milestone <= progress for milestone in self.config.milestones)
         return passed or state.step % self.config.every_steps == 0 or minutes >= self.config.every_minutes
 
-    def save(self, engine: Engine, state: TrainState, progress: float) -> dict[str, float]:
-        """Write one checkpoint and publish it; return the metrics of having done so."""
-        start = time.monotonic()
-        final = self.directory / f"{PREFIX}{state.step:08d}"
-        temporary = self.directory / f".tmp-{final.name}"
-        if rank() == 0:
-            for leftover in self.directory.glob(".tmp-*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        barrier()
-        engine.save(temporary)
-        barrier()
-        if rank() == 0:
-            self._publish(temporary, final, state, progress)
-        barrier()
-        self._last_save, self._saved_progress = time.monotonic(), progress
+    def save(self, engine: Engine, state: TrainState, progress: float, score: float | None = None) -> dict[str, float]:
+        """Copy the state and begin to write it; return the metrics of having done so.
+
+        One save is under way at a time: an earlier one is waited for. `score` is what `keep_best` goes by. What
+        fails is logged and noted in `failure`, and training may go on.
+        """
+        began = time.monotonic()
+        metrics = self.finish()
+        final = self.directory / name_of(state.step)
+        mine = engine.state()
+        num_bytes = round(sum_over_ranks(sum(piece.num_bytes for piece in mine)))
+        self._last_save, self._saved_progress = began, progress
+        self.failure = from_main(self._prepare(final, num_bytes) if rank() == 0 else "")
+        if self.failure:
+            return metrics | self._count_failure(final, known_here=rank() == 0)
+        content = {"state": asdict(state), "progress": progress, "score": score, "identity": self.identity}
+        path = final.with_name(TEMPORARY + final.name) / file_name(rank())
+        copies, facts = self._copies.copy(mine), engine.facts()
+
+        def write() -> None:
+            pieces.write(path, copies, facts)
+            seal(path)
+
+        self._save = Save(final, content, num_bytes, began, Background(write))
+        return metrics | {"checkpoint_stall_seconds": time.monotonic() - began}
+
+    def pending(self) -> tuple[bool, bool]:
+        """Return whether this process still has to do something for the save under way, and whether it has failed."""
+        save = self._save
+        if save is None:
+            return False, False
+        busy = save.work.busy
+        return busy, not busy and bool(save.work.failure)
+
+    def settle(self, busy: bool, failed: bool) -> dict[str, float]:
+        """Take the next step of the save under way, told `pending` of any process; return metrics once it is done."""
+        save = self._save
+        if save is None or busy:
+            return {}
+        if not failed and not save.publishing:
+            save.publishing = True
+            if rank() == 0:
+                save.work = Background(lambda: self._publish(save))
+            # The others have nothing left to do, and learn from the votes when it is done.
+            return {}
+        self._save = None
+        if failed:
+            self.failure = save.work.failure or "another process could not write its part"
+            return self._count_failure(save.final, known_here=bool(save.work.failure))
         self._saves += 1
         return {
-            "checkpoint_seconds": self._last_save - start,
-            "checkpoint_bytes": sum(f.stat().st_size for f in final.iterdir()),
+            "checkpoint_seconds": time.monotonic() - save.began,
+            "checkpoint_bytes": save.num_bytes,
             "checkpoints_total": self._saves,
             "last_checkpoint_timestamp_seconds": time.time(),
         }
 
+    def finish(self) -> dict[str, float]:
+        """Wait until nothing is under way; return the metrics of what has been."""
+        metrics: dict[str, float] = {}
+        while self._save is not None:
+            self._save.work.wait()
+            metrics |= self.settle(*any_rank(*self.pending()))
+        return metrics
+
     def restore(self, engine: Engine) -> TrainState | None:
-        """Load the newest valid checkpoint; None when there is none.
+        """Load the newest valid checkpoint, and set damaged newer ones aside; None when there is none.
 
         Raises:
             ValueError: the checkpoint belongs to another run, or there are checkpoints and all are damaged.
@@ -120,35 +228,55 @@ class Checkpointer:
         found = from_main(on_main(lambda: newest_valid(self.directory)))
         if found is None:
             return None
-        saved = json.loads((found / STATE_NAME).read_text())
+        saved = content_of(found)
         self._check_identity(found, saved["identity"])
+        on_main(lambda: _try(lambda: set_aside(self.directory, found)))
         engine.load(found)
         self._saved_progress = progress_of(found)
         return TrainState(**saved["state"])
 
-    def _publish(self, temporary: Path, final: Path, state: TrainState, progress: float) -> None:
-        content = {"state": asdict(state), "progress": progress, "identity": self.identity}
-        _write(temporary / STATE_NAME, json.dumps(content, indent=1))
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        listing = {str(p.relative_to(temporary)): _describe(p) for p in files}
-        _write(temporary / MANIFEST_NAME, json.dumps(listing, indent=1))
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(self.directory)
-        latest = self.directory / LATEST_NAME
-        _write(latest.with_suffix(".tmp"), final.name)
-        os.replace(latest.with_suffix(".tmp"), latest)
-        self._prune(final)
+    def _prepare(self, final: Path, num_bytes: int) -> str:
+        """Make room for a save; return why there is none."""
+        try:
+            clear_leftovers(self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.directory).free
+            if free < num_bytes + SPARE_BYTES:
+                return (
+                    f"it takes {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free in {self.directory}; "
+                    "make room, or keep fewer (checkpoint.keep_last)"
+                )
+            final.with_name(TEMPORARY + final.name).mkdir()
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _publish(self, save: Save) -> None:
+        publish(save.temporary, save.final, save.content)
+        # It is saved by now, whatever becomes of the others.
+        _try(lambda: self._prune(save.final))
+        _try(lambda: clear_leftovers(self.directory))
 
     def _prune(self, newest: Path) -> None:
-        """Keep the last few and the milestones; those after the newest are damaged ones of a life that was given up."""
-        usable = [c for c in checkpoints(self.directory) if c.name <= newest.name]
-        kept = usable[-self.config.keep_last :]
-        for milestone in self.config.milestones:
-            kept += [c for c in usable if progress_of(c) >= milestone][:1]
-        for other in set(checkpoints(self.directory)) - set(kept):
+        """Delete all but the last few and those to be kept for good."""
+        config = self.config
+        there = [c for c in checkpoints(self.directory) if c.name <= newest.name]
+        kept = there[-config.keep_last :]
+        for milestone in config.milestones:
+            kept += [c for c in there if progress_of(c) >= milestone][:1]
+        if config.keep_every_steps:
+            kept += [c for c in there if step_of(c) % config.keep_every_steps == 0]
+        if config.keep_best:
+            scores = {c: score for c in there if (score := content_of(c).get("score")) is not None}
+            kept += sorted(scores, key=lambda c: scores[c])[-1:]
+        for other in set(there) - set(kept):
             shutil.rmtree(other)
+
+    def _count_failure(self, final: Path, *, known_here: bool) -> dict[str, float]:
+        self._failures += 1
+        if known_here:
+            log.error("checkpoint %s could not be saved: %s; the one before stays the newest.", final, self.failure)
+        return {"checkpoint_failures_total": self._failures}
 
     def _check_identity(self, found: Path, saved: dict[str, Any]) -> None:
         for key, value in self.identity.items():
@@ -159,73 +287,9 @@ class Checkpointer:
                 )
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """Return every published checkpoint below a directory, oldest first, valid or not."""
-    return sorted(directory.glob(f"{PREFIX}*"))
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def progress_of(checkpoint: Path) -> float:
-    """Return the share of its run's budget that was spent when a checkpoint was saved, 0 if it does not tell."""
+def _try(action: Callable[[], None]) -> None:
+    """Do what is worth doing and not worth failing for, as on a file system that cannot be written to."""
     try:
-        return float(json.loads((checkpoint / STATE_NAME).read_text()).get("progress", 0.0))
-    except (OSError, ValueError):
-        return 0.0
-
-
-def newest_valid(directory: Path) -> Path | None:
-    """Return the newest checkpoint whose every file has its listed size and checksum, None if there are none.
-
-    Raises:
-        ValueError: there are checkpoints, and none is whole.
-    """
-    candidates = checkpoints(directory)
-    for candidate in reversed(candidates):
-        damage = find_damage(candidate)
-        if damage is None:
-            return candidate
-        log.warning("checkpoint %s is damaged (%s); trying the one before", candidate, damage)
-    if candidates:
-        raise ValueError(
-            f"{directory}: none of its {len(candidates)} checkpoints is whole; "
-            "mend the file system, or say overwrite=true to start anew."
-        )
-    return None
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None when nothing is."""
-    try:
-        listing = json.loads((checkpoint / MANIFEST_NAME).read_text())
-        for name, expected in listing.items():
-            if _describe(checkpoint / name) != expected:
-                return f"{name} changed"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or all files below a directory and the directory itself, to the disk."""
-    targets = [*path.rglob("*"), path] if path.is_dir() else [path]
-    for target in targets:
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        action()
+    except OSError as error:
+        log.warning("%s", error)

@@ -1,4 +1,4 @@
-"""The DeepSpeed door: one optimizer step under ZeRO, per-layer rates, frozen layers, clipping, engine shards."""
+"""The DeepSpeed door: one optimizer step under ZeRO, per-layer rates, frozen layers, clipping, state."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline import optimizer_state
+from pipeline import engine_state, optimizer_state, pieces
+from pipeline.engine_config import EngineConfig, Precision, deepspeed_options
 from pipeline.gradients import TensorNorms
-from pipeline.methods.base import Batch, Method
+from pipeline.methods.base import Batch, Method, StepOutput
+from pipeline.models.vit import ViT
 from pipeline.optim import (
     HEADS,
     LAST_LAYER,
@@ -29,62 +31,28 @@ from pipeline.optim import (
     layer_name,
     parameter_groups,
 )
+from pipeline.pieces import SUFFIX, Piece, Reader, shared_out
 from pipeline.schedules import StepPlan
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Checkpoints are data: DeepSpeed must not unpickle code out of them.
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import deepspeed.runtime.bf16_optimizer  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
 # What of DeepSpeed's own could be compiled here: nothing. Asked for, the table compiles test programs, whose commands
 # land on the screen; and what it lists is compiled at the first start (up to 100 s), for inference only.
 deepspeed.ops.__compatible_ops__ = {}
 # It prints pages on memory, collects garbage for them, and resets the peak that others measure.
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
-torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum])
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
-CLIENT_KEY = "coldpress"
-FROZEN_KEY = "coldpress_frozen_layers"
+FROZEN = "frozen_layers"
+# The stage of ZeRO at which each process has only a part of the weights.
+SHARDED = 3
 log = logging.getLogger(__name__)
-
-STAGES = (0, 1, 2)
-
-
-class Precision(Enum):
-    """What networks compute in; optimizer and momentum encoder keep fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-@dataclass
-class EngineConfig:
-    """How a step is computed."""
-
-    precision: Precision = Precision.bf16
-    # Of ZeRO: what is sharded over the processes. 0: nothing, 1: optimizer state, 2: gradients, too.
-    stage: int = 1
-    # Report gradient norms of single layers; one more pass over the gradients.
-    layer_norms: bool = False
-    # So many steps in a row whose loss or gradient is not finite end the run.
-    max_skipped: int = 10
-
-    def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise ValueError(
-                f"engine.stage must be one of {', '.join(map(str, STAGES))}, got {self.stage}; 1 is usual."
-            )
-        if self.max_skipped < 1:
-            raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
 
 
 @dataclass(frozen=True)
@@ -94,6 +62,19 @@ class StepResult:
     loss: Tensor
     metrics: dict[str, Tensor]
     applied: bool
+
+
+class _Exposed(nn.Module):
+    """A method whose output ZeRO 3 can see into: it must know when the backward begins."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch, plan: StepPlan) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return loss, metrics and what is pending."""
+        output = self.method(batch, plan)
+        return output.loss, output.metrics, output.pending
 
 
 class Engine:
@@ -109,6 +90,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         self.method = method.to(device)
+        self._exposed = _Exposed(method)
         self._config, self._optim, self._local_batch = config, optim, local_batch
         self._layers, self._attached = method.layers(), method.attached()
         self._last_layer = [p for p in method.last_layer() if p.requires_grad]
@@ -116,6 +98,8 @@ class Engine:
         self._start()
         dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
         method.prepare(device, dtype)
+        if config.stage == SHARDED:
+            self._shard_followers()
 
     def step(self, batch: Batch, plan: StepPlan) -> StepResult:
         """Run one step on this process's part of the global batch.
@@ -127,11 +111,14 @@ class Engine:
         for parameter in self._last_layer:
             parameter.requires_grad_(plan.last_layer_rate > 0)
         self._set_rates(plan)
-        output = self._engine(batch, plan)
+        output = StepOutput(*self._engine(batch, plan))
         self._engine.backward(_nan_gradient_unless_finite(output.loss))
         self._measure_and_clip()
         finite = self._drop_unless_finite()
         self._engine.step()
+        if self._config.stage == SHARDED:
+            # A gradient that does not come would stay what it was.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         applied = finite and bool(self._engine.was_step_applied())
         if applied:
             self.method.after_step(plan, output)
@@ -190,24 +177,30 @@ class Engine:
             squares[name if name in squares else HEADS] += norm**2
         return [square**0.5 for square in squares.values()]
 
+    def state(self) -> list[Piece]:
+        """Return this process's part of all that a checkpoint must hold; the next step changes it."""
+        every = engine_state.pieces(self.method, self._engine.optimizer, dist.get_rank())
+        return shared_out(every, dist.get_rank(), dist.get_world_size())
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint must say beside the tensors."""
+        return {FROZEN: self._frozen_layers, engine_state.STEPS: engine_state.steps(self._engine.optimizer)}
+
     def save(self, directory: Path) -> None:
-        """Write this process's shards into a new directory; every process must call this."""
-        self._engine.save_checkpoint(
-            str(directory.parent),
-            tag=directory.name,
-            client_state={CLIENT_KEY: self.method.state(), FROZEN_KEY: self._frozen_layers},
-            save_latest=False,
-        )
+        """Write this process's part of a checkpoint into a directory; every process must do so."""
+        directory.mkdir(parents=True, exist_ok=True)
+        pieces.write(directory / file_name(dist.get_rank()), self.state(), self.facts())
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, with the same number of processes."""
+        """Restore what engines of any number of processes and any stage have saved; every process must call this.
+
+        Raises:
+            ValueError: the files are damaged or lack something.
+        """
+        reader = Reader(directory)
         # The optimizer that saved had no place for what was frozen.
-        self.freeze(_model_states(directory).get(FROZEN_KEY, 0))
-        path, client = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        assert path is not None, directory
-        # DeepSpeed takes the old run's over.
-        self._engine.optimizer.clip_grad = self._optim.clip
-        self.method.load(client[CLIENT_KEY])
+        self.freeze(reader.facts[FROZEN])
+        engine_state.load(self.method, self._engine.optimizer, reader, dist.get_rank())
 
     def _start(self) -> None:
         """Let DeepSpeed take over what learns."""
@@ -220,16 +213,28 @@ class Engine:
         )
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
-            model=self.method,
+            model=self._exposed,
             optimizer=adamw(groups, self._optim),
-            # Its own clipping at stage 0 in fp32 fails without a gradient.
-            config=_deepspeed_config(self._config, self._local_batch, 0.0 if self._plain else self._optim.clip),
+            config=self._options(),
             dist_init_required=False,
         )
         if self._config.stage == 0 and not self._plain:
             # It took a step without gradients, at a rate of zero, and counted it.
             self._engine.optimizer.optimizer.state.clear()
+        if self._config.stage == SHARDED:
+            _register_loose(self._exposed)
         self._norms = TensorNorms(self._engine.optimizer)
+
+    def _shard_followers(self) -> None:
+        """Cut the momentum encoders as the networks that they follow are cut."""
+        for follower in self.method.momentum_encoders():
+            deepspeed.initialize(model=follower.root, config=self._options(), dist_init_required=False)
+            _register_loose(follower.root)
+            follower.shard(dist.get_rank())
+
+    def _options(self) -> dict[str, Any]:
+        # DeepSpeed's own clipping at stage 0 in fp32 fails without a gradient.
+        return deepspeed_options(self._config, self._local_batch, 0.0 if self._plain else self._optim.clip)
 
     def _gone(self, frozen_layers: int) -> Iterator[nn.Parameter]:
         for i in range(frozen_layers):
@@ -275,11 +280,23 @@ class Engine:
         # A flat group counts steps of zero gradients too, and Adam's bias correction would then take its first
         # moments, which start at zero, for long averages: the first updates after the release would be several
         # times too large. What is saved has the zero as well, so a resume needs no memory of the release.
-        for group in self._engine.optimizer.param_groups:
-            for master in group["params"] if group["name"].removesuffix(VECTORS) == LAST_LAYER else ():
-                state = self._engine.optimizer.state.get(master, {})
-                if "step" in state:
-                    state["step"].zero_()
+        inner = optimizer_state.inner_optimizer(self._engine.optimizer)
+        for (name, _), master in optimizer_state.masters(self._engine.optimizer):
+            if name.removesuffix(VECTORS) == LAST_LAYER and "step" in inner.state.get(master, {}):
+                inner.state[master]["step"].zero_()
+
+
+def file_name(rank: int) -> str:
+    """Return the name of what one process writes into a checkpoint."""
+    return f"rank_{rank:05d}{SUFFIX}"
+
+
+def _register_loose(root: nn.Module) -> None:
+    """Let ZeRO 3 gather what is used outside the forward of the module that owns it: the embedding of a backbone."""
+    for module in root.modules():
+        for parameter in module.layers()[0] if isinstance(module, ViT) else ():
+            deepspeed.zero.register_external_parameter(module, parameter)
+            deepspeed.zero.register_external_parameter(root, parameter)
 
 
 def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
@@ -291,38 +308,9 @@ def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
 
 
 def load_method(directory: Path, method: Method) -> None:
-    """Load the networks of a checkpoint without an optimizer, for evaluation."""
-    saved = _model_states(directory)
-    method.load_state_dict(saved["module"])
-    method.load(saved[CLIENT_KEY])
+    """Load the networks of a checkpoint without an optimizer, for evaluation.
 
-
-def _model_states(directory: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds beside the optimizer's state, read when it is looked at."""
-    path = directory / "mp_rank_00_model_states.pt"
-    saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    return saved
-
-
-def _deepspeed_config(engine: EngineConfig, local_batch: int, clip: float) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": local_batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "steps_per_print": 10**9,
-        # The default bucket of 5e8 elements would take gigabytes for a ViT. (In bf16 DeepSpeed reduces its flat
-        # fp32 gradients as a whole and does not look at these.)
-        "zero_optimization": {
-            "stage": engine.stage,
-            "reduce_bucket_size": 20_000_000,
-            "allgather_bucket_size": 200_000_000,
-        },
-    }
-    if engine.precision is Precision.bf16:
-        config |= {
-            "bf16": {"enabled": True},
-            # At stage 0 gradients are bf16 from the backward to the step, and DeepSpeed takes nothing else.
-            "data_types": {"grad_accum_dtype": "fp32" if engine.stage else "bf16"},
-            "communication_data_type": "fp32",
-        }
-    return config
+    Raises:
+        ValueError: there is no checkpoint of these networks in the directory.
+    """
+    engine_state.load_networks(method, Reader(directory))

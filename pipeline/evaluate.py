@@ -12,7 +12,7 @@ import numpy as np
 from data.loader import LoaderConfig
 from data.manifest import Manifest
 from pipeline import distributed
-from pipeline.checkpoint import PREFIX, checkpoints, find_damage, newest_valid, step_of
+from pipeline.checkpoint_files import checkpoints, find_damage, name_of, newest_valid, step_of
 from pipeline.compose import load
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.distributed import World
@@ -102,7 +102,7 @@ def _find(config: EvaluateConfig, directory: Path) -> Path:
         return found
     if not config.checkpoint.isdigit():
         raise ValueError(f"checkpoint must be latest, init or a step number, got {config.checkpoint}.")
-    chosen = directory / f"{PREFIX}{int(config.checkpoint):08d}"
+    chosen = directory / name_of(int(config.checkpoint))
     damage = find_damage(chosen) if chosen.exists() else "there is none"
     if damage:
         there = ", ".join(str(step_of(checkpoint)) for checkpoint in checkpoints(directory))

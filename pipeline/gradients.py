@@ -8,25 +8,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.optimizer_state import members
+
 
 class TensorNorms:
     """The gradient norm of every tensor of DeepSpeed's optimizer, equal on all processes.
 
     Measure and clip between backward and step, when gradients are averaged over the processes. At ZeRO stages 1 and 2
-    each process holds the pieces in its own partition, which may cut a tensor; at stage 0, and at stage 1 in bf16,
-    each holds the whole. Nothing here waits for the device.
+    each process holds the pieces in its own partition, which may cut a tensor, at stage 3 a shard of every tensor; at
+    stage 0, and at stage 1 in bf16, each holds the whole. Nothing here waits for the device.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        groups = _groups(optimizer)
-        self._partitioned = hasattr(optimizer, "params_in_partition")
-        self._names = [
-            group["name"] for group, members in zip(optimizer.param_groups, groups, strict=True) for _ in members
-        ]
-        self._members = [p for members in groups for p in members]
-        self._device = groups[0][0].device
-        mine = [p for members in optimizer.params_in_partition for p in members] if self._partitioned else self._members
+        groups = members(optimizer)
+        # At ZeRO 3 of each tensor a shard, at 1 and 2 of each group a stretch; by the number of the group.
+        self._in_part: list[list[Tensor]] | None = getattr(optimizer, "params_in_partition", None)
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            self._in_part = [[*parameters] for _, parameters in groups]
+        self._names = [name for name, parameters in groups for _ in parameters]
+        self._members: list[Tensor] = [p for _, parameters in groups for p in parameters]
+        self._device = self._members[0].device
+        mine = self._members if self._in_part is None else [p for part in self._in_part for p in part]
         number = {id(p): i for i, p in enumerate(self._members)}
         # Which tensor each piece belongs to, where every step has the same pieces.
         self._tensor_of = torch.tensor([number[id(p)] for p in mine], device=self._device)
@@ -40,7 +43,7 @@ class TensorNorms:
         if pieces:
             norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
             self.squares[tensor_of] = torch.stack(norms).square()
-        if self._partitioned and dist.get_world_size() > 1:
+        if self._in_part is not None and dist.get_world_size() > 1:
             dist.all_reduce(self.squares)
 
     @torch.no_grad()
@@ -75,12 +78,12 @@ class TensorNorms:
     def _pieces(self) -> tuple[Tensor, list[Tensor]]:
         """Return the tensor that each of this process's pieces of gradients belongs to, and the pieces."""
         optimizer = self._optimizer
-        if self._partitioned:
+        if self._in_part is not None:
             # A partition that its tensors do not fill ends in padding, which belongs to none.
             return self._tensor_of, [
                 piece
-                for group, members in enumerate(optimizer.params_in_partition)
-                for _, piece in zip(members, optimizer.averaged_gradients[group], strict=False)
+                for group, part in enumerate(self._in_part)
+                for _, piece in zip(part, optimizer.averaged_gradients[group], strict=False)
             ]
         if hasattr(optimizer, "fp32_groups_gradients"):
             return self._tensor_of, [each for group in optimizer.fp32_groups_gradients for each in group]
@@ -88,12 +91,3 @@ class TensorNorms:
         if len(pairs) == len(self._members):
             return self._tensor_of, [gradient for _, gradient in pairs]
         return torch.tensor([i for i, _ in pairs], device=self._device), [gradient for _, gradient in pairs]
-
-
-def _groups(optimizer: Any) -> list[list[Tensor]]:
-    """Return the method's own parameters in each group, which DeepSpeed's optimizers keep under various names."""
-    for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
-        if hasattr(optimizer, name):
-            groups: list[list[Tensor]] = getattr(optimizer, name)
-            return groups
-    return [group["params"] for group in optimizer.param_groups]

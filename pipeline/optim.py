@@ -89,10 +89,16 @@ def parameter_groups(
     members[HEADS] = [p for p in parameters if id(p) not in taken]
     groups = []
     for name, group in members.items():
-        vectors = [p for p in group if p.requires_grad and p.ndim <= 1 and not decay_vectors]
-        others = [p for p in group if p.requires_grad and (p.ndim > 1 or decay_vectors)]
+        learning = [p for p in group if p.requires_grad]
+        vectors = [] if decay_vectors else [p for p in learning if _is_vector(p)]
+        others = [p for p in learning if decay_vectors or not _is_vector(p)]
         groups += [{"name": name, "params": others}, {"name": name + VECTORS, "params": vectors}]
     return [group for group in groups if group["params"]]
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    # Under ZeRO 3 a parameter that is not gathered is empty, and remembers its shape.
+    return len(getattr(parameter, "ds_shape", parameter.shape)) <= 1
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:

@@ -14,7 +14,7 @@ from pipeline.analysis.measure import grid as cells
 from pipeline.analysis.results import read
 from pipeline.analysis.selection import best_constant
 from pipeline.benchmarks.report import Column, Report
-from pipeline.checkpoint import checkpoints, progress_of, step_of
+from pipeline.checkpoint_files import checkpoints, progress_of, step_of
 from pipeline.children import coldpress, metrics_of, own_directory
 from pipeline.compose import load
 from pipeline.compression import Adaptive

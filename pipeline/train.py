@@ -104,26 +104,37 @@ def train(
         if state.step % config.log_every == 0 or finished:
             sinks.write(state.step, _metrics(parts, meter, state, plan, result))
 
-        probing, saving, stopping = distributed.any_rank(
+        probing, saving, stopping, *written = distributed.any_rank(
             world.is_main and parts.probe.due(meter.elapsed, meter.seconds_per_sample),
             world.is_main and parts.checkpointer.due(state, progress),
             stop.requested,
+            *parts.checkpointer.pending(),
         )
+        _report(sinks, state, parts.checkpointer.settle(*written))
+        accuracy = None
         if probing:
             with meter.paused():
                 accuracy = parts.probe.run(parts.method.representation, world, meter.elapsed)
                 sinks.write(state.step, {"knn_top1_ratio": accuracy})
-        if saving or stopping or finished:
+        if saving or stopping or finished or (probing and config.checkpoint.keep_best):
             with meter.paused():
-                sinks.write(state.step, parts.checkpointer.save(parts.engine, state, progress))
-            _say(directory, "finished" if finished else "running", state)
-        if stopping and not finished:
+                _report(sinks, state, parts.checkpointer.save(parts.engine, state, progress, accuracy))
+            _say(directory, "running", state)
+        if stopping:
             break
 
+    _report(sinks, state, parts.checkpointer.finish())
     sinks.close()
+    if parts.checkpointer.failure:
+        raise ProcessFailedError(f"step {state.step} could not be saved: {parts.checkpointer.failure}")
     _say(directory, "finished" if finished else "stopped", state)
     log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
     return 0 if finished else stop.exit_code
+
+
+def _report(sinks: MetricSink, state: TrainState, metrics: dict[str, float]) -> None:
+    if metrics:
+        sinks.write(state.step, metrics)
 
 
 def _metrics(parts: Parts, meter: Meter, state: TrainState, plan: StepPlan, result: StepResult) -> dict[str, float]:
@@ -178,10 +189,8 @@ def _identity(config: TrainConfig, loader: Loader, world: World, schedules: Sche
         "data.shards": loader.manifest.fingerprint,
         "data.color": config.data.color,
         "data.order": order.VERSION,
-        "processes": world.size,
         "engine.precision": config.engine.precision.value,
-        "engine.stage": config.engine.stage,
-        # Groups of the optimizer, whose state a checkpoint holds by group; and what DeepSpeed takes from there.
+        # Steps of the optimizer are counted by group; and its moments are averages by these.
         "optim.decay_vectors": config.optim.decay_vectors,
         "optim.betas": str(config.optim.betas),
         # Another budget would take progress back and wake frozen layers.
@@ -196,6 +205,8 @@ def _identity(config: TrainConfig, loader: Loader, world: World, schedules: Sche
     # Another grid or rule would read the saved evidence otherwise. Other schedules may change, and take over.
     if isinstance(config.compression, Adaptive):
         values |= {f"compression.{key}": str(value) for key, value in vars(config.compression).items()}
+        # Each cuts its own part of a batch into sub-batches.
+        values["processes"] = world.size
     for section, part in (("model", config.model), ("method", config.method), ("freeze", config.freeze)):
         values |= {section: type(part).__name__}
         values |= {f"{section}.{key}": str(value) for key, value in vars(part).items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.views import ViewSpec
 from pipeline.compression import Compression
+from pipeline.models.momentum import MomentumEncoder
 from pipeline.models.vit import ViT
 from pipeline.schedules import StepPlan
 
@@ -111,8 +112,15 @@ class Method(nn.Module):
         """Return the compression of the key side by the method's own rule, given the query side's."""
         return query
 
+    def momentum_encoders(self) -> Sequence[MomentumEncoder]:
+        """Return the averages of networks that this method keeps; `state` has their parameters by the same names."""
+        return ()
+
     def state(self) -> dict[str, Tensor]:
-        """Return the state outside the engine's reach, by name, equal on every process."""
+        """Return the state outside the engine's reach, by name, equal on every process.
+
+        Of a momentum encoder that is cut it is this process's part.
+        """
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:

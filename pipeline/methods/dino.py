@@ -179,6 +179,10 @@ class DINO(Method):
         """Return the query's patch size without its dropout: the teacher sees every token."""
         return query.only(PatchScaling)
 
+    def momentum_encoders(self) -> Sequence[MomentumEncoder]:
+        """Return the one there is."""
+        return self._teacher
+
     def state(self) -> dict[str, Tensor]:
         """Return teacher and center."""
         return {**self._teacher[0].state(), "center": self._center}

@@ -112,6 +112,10 @@ class MoCo(Method):
         """Return the query's patch size without its dropout: keys see every token."""
         return query.only(PatchScaling)
 
+    def momentum_encoders(self) -> Sequence[MomentumEncoder]:
+        """Return the one there is."""
+        return self._target
+
     def state(self) -> dict[str, Tensor]:
         """Return the momentum encoder."""
         return self._target[0].state()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.distributed import at_least_fp32
@@ -16,6 +17,24 @@ T = TypeVar("T")
 # Of its gap when a parameter stopped learning: what is left is below bf16's rounding by far.
 CLOSED = 1e-4
 GAPS = "gaps"
+
+
+class Root(nn.Module):
+    """A network, and a forward that is any function of it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, function: Callable[[nn.Module], T]) -> tuple[T]:
+        """Return the function of the network, in a tuple: ZeRO 3 takes anything else apart."""
+        return (function(self.network),)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Return what this process has of a parameter: under ZeRO 3 its shard, flat, else all of it."""
+    shard: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return shard.detach()
 
 
 class MomentumEncoder:
@@ -31,6 +50,8 @@ class MomentumEncoder:
         self.network = copy.deepcopy(online).requires_grad_(False).train()
         self._parameters: list[Tensor] = list(self.network.parameters())
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
+        # What runs it: the root that ZeRO 3 needs around everything it gathers.
+        self.root = Root(self.network)
         # What is left of the gap that there was when a parameter stopped learning: every update takes its share.
         self._gaps = [1.0] * len(self._average)
 
@@ -39,9 +60,17 @@ class MomentumEncoder:
         self._average = [a.to(device) for a in self._average]
         self.network.to(device, dtype)
         self._parameters = list(self.network.parameters())
-        if torch.promote_types(dtype, torch.float32) == dtype:
-            # One copy is enough: the network's own parameters are the average.
-            self._average = [p.detach() for p in self._parameters]
+        self._average_in_place()
+
+    def shard(self, rank: int) -> None:
+        """Keep this process's part of the average only, now that the network and what it follows are cut alike."""
+        averages = [a.reshape(-1) for a in self._average]
+        self._parameters = [local(p) for p in self._parameters]
+        sizes = [p.numel() for p in self._parameters]
+        parts = [a[rank * n : (rank + 1) * n] for a, n in zip(averages, sizes, strict=True)]
+        # The last part ends in padding, as the network's does.
+        self._average = [F.pad(each, (0, n - len(each))) for each, n in zip(parts, sizes, strict=True)]
+        self._average_in_place()
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
@@ -53,7 +82,7 @@ class MomentumEncoder:
         before = self._gaps
         self._gaps = [1.0 if p.requires_grad else gap * momentum for p, gap in zip(self._online, before, strict=True)]
         moving = [i for i, gap in enumerate(before) if gap > CLOSED or self._gaps[i] > CLOSED]
-        target = [at_least_fp32(self._online[i].detach()) for i in moving]
+        target = [at_least_fp32(local(self._online[i])) for i in moving]
         averages = [self._average[i] for i in moving]
         torch._foreach_lerp_(averages, target, 1 - momentum)
         for i, average, online in zip(moving, averages, target, strict=True):
@@ -70,7 +99,13 @@ class MomentumEncoder:
     @torch.no_grad()
     def __call__(self, forward: Callable[[nn.Module], T]) -> T:
         """Run a forward through the network without recording a graph."""
-        return forward(self.network)
+        (result,) = self.root(forward)
+        return cast(T, result)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the network's parameters by the names that `state` gives to their averages."""
+        return dict(self.network.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
         """Return the fp32 average, the network's buffers by name, and how far each gap is closed."""
@@ -88,6 +123,11 @@ class MomentumEncoder:
             tensor.copy_(state[name])
         self._gaps = mine[GAPS].tolist()
         self._publish(range(len(self._average)))
+
+    def _average_in_place(self) -> None:
+        if all(at_least_fp32(p) is p for p in self._parameters):
+            # One copy is enough: the network's own parameters are the average.
+            self._average = [p.detach() for p in self._parameters]
 
     def _publish(self, which: Sequence[int]) -> None:
         if which and self._average[0].data_ptr() != self._parameters[0].data_ptr():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.engine import Engine
+from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods.moco import MoCo
 from pipeline.optim import HEADS, OptimConfig, adamw, parameter_groups
 from pipeline.schedules import StepPlan
@@ -91,7 +92,8 @@ BAD_STEPS = """
     from dataclasses import dataclass, replace
     import torch
     from pipeline import distributed
-    from pipeline.engine import Engine, EngineConfig, Precision
+    from pipeline.engine import Engine
+    from pipeline.engine_config import EngineConfig, Precision
     from pipeline.methods.moco import MoCo, MoCoConfig
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig

@@ -13,7 +13,8 @@ AGAINST_PLAIN_TORCH = """
     import torch
     import torch.distributed as dist
     from pipeline import distributed
-    from pipeline.engine import Engine, EngineConfig, Precision
+    from pipeline.engine import Engine
+    from pipeline.engine_config import EngineConfig, Precision
     from pipeline.methods.moco import MoCo, MoCoConfig
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig

@@ -35,7 +35,8 @@ SCRIPT = """
     import torch
     import torch.distributed as dist
     from pipeline import distributed
-    from pipeline.engine import Engine, EngineConfig, Precision
+    from pipeline.engine import Engine
+    from pipeline.engine_config import EngineConfig, Precision
     from pipeline.methods import LocalMIMConfig, MoCoConfig, build_method
     from pipeline.methods.localmim import DecoderRates
     from pipeline.models.vit import ViT, ViTConfig

@@ -10,7 +10,8 @@ from monitoring.metrics import check
 from pipeline import distributed
 from pipeline.checkpoint import TrainState
 from pipeline.compression.schedule import compression
-from pipeline.engine import Engine, EngineConfig, Precision, StepResult
+from pipeline.engine import Engine, StepResult
+from pipeline.engine_config import EngineConfig, Precision
 from pipeline.meter import Meter
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.engine import Engine
+from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
 from pipeline.schedules import StepPlan

@@ -8,7 +8,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.compression import Compression, Stage, Staged
-from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.engine import Engine
+from pipeline.engine_config import EngineConfig, Precision
 from pipeline.freezing import FreezeOut
 from pipeline.methods import DINOConfig, Method, MoCoConfig, SimCLRConfig, build_method
 from pipeline.models.blocks import CompiledBlocks

@@ -21,6 +21,7 @@ from pipeline.compose import load
 from pipeline.distributed import World
 from pipeline.evaluate import load_encoder
 from pipeline.evaluate import run as evaluate
+from pipeline.pieces import Reader
 from pipeline.plan import imagine
 from pipeline.run_directory import read_overrides
 from pipeline.train import _identity, build_schedules
@@ -132,24 +133,10 @@ def train(tmp_path: Path, drawn_shards: Path) -> Iterator[Train]:
 
 
 def final_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of the last checkpoint: weights, momentum encoder, optimizer shards."""
-    checkpoint = max((directory / "checkpoints").glob("step_*"))
-    tensors: dict[str, torch.Tensor] = {}
-
-    def collect(prefix: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors[prefix] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                collect(f"{prefix}/{key}", item)
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                collect(f"{prefix}/{i}", item)
-
-    for path in sorted(checkpoint.glob("*.pt")):
-        collect(path.name, torch.load(path, weights_only=False))
-    assert any("exp_avg" in name for name in tensors)
-    return tensors
+    """Return every tensor of the last checkpoint: weights, momentum encoder, optimizer state."""
+    reader = Reader(max((directory / "checkpoints").glob("step_*")))
+    assert any(name.startswith("exp_avg_sq/") for name in reader.names)
+    return {name: reader.whole(name) for name in reader.names}
 
 
 def assert_same_run(first: Life, second: Life) -> None:
@@ -213,8 +200,8 @@ def test_every_method_resumes_bit_for_bit_and_evaluates_what_it_should(train: Tr
     where = [f"run={whole.directory.name}", f"runs={whole.directory.parent}"]
     training = load("train", read_overrides(whole.directory))
     encoder, _ = load_encoder(load("evaluate", where), training)
-    prefix = "coldpress/" if name == "dino" else "module/"
-    key = f"mp_rank_00_model_states.pt/{prefix}encoder.blocks.1.mlp.fc1.weight"
+    prefix = "state/" if name == "dino" else "weight/"
+    key = f"{prefix}encoder.blocks.1.mlp.fc1.weight"
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, final_tensors(whole.directory)[key])
 
 

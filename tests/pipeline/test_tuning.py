@@ -16,7 +16,8 @@ from pipeline.checkpoint import TrainState
 from pipeline.compression import Adaptive, Compression, FittedAdaptive, NoCompression
 from pipeline.compression.adaptive import GridCell
 from pipeline.compression.schedule import compression
-from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.engine import Engine
+from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods import Method
 from pipeline.methods.dino import DINO, DINOConfig
 from pipeline.methods.moco import MoCo, MoCoConfig

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.compression.schedule import compression
-from pipeline.engine import Engine, EngineConfig, Precision
+from pipeline.engine import Engine
+from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods import DINOConfig, Method, MoCoConfig, SimCLRConfig, build_method
 from pipeline.methods.dino import DINO
 from pipeline.models.vit import ViT, ViTConfig

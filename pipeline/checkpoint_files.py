@@ -1,0 +1,161 @@
+"""Checkpoints on disk: how one is published, which of them are whole, and what becomes of the others.
+
+A checkpoint is written under a temporary name, synced, listed with checksums, renamed, and only then named as the
+latest: whatever kills the run, what looks like a checkpoint is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+STATE_NAME = "state.json"
+MANIFEST_NAME = "MANIFEST.json"
+LATEST_NAME = "latest"
+PREFIX = "step_"
+TEMPORARY = ".tmp-"
+DAMAGED = "damaged-"
+# Beside each file that a process has written: its size and checksum, until the manifest has them.
+_LISTING = ".listing"
+
+log = logging.getLogger(__name__)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return every published checkpoint below a directory, oldest first, valid or not."""
+    return sorted(directory.glob(f"{PREFIX}*"))
+
+
+def name_of(step: int) -> str:
+    """Return the name of the checkpoint after a step."""
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def content_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, nothing if that cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def progress_of(checkpoint: Path) -> float:
+    """Return the share of its run's budget that was spent when a checkpoint was saved, 0 if it does not tell."""
+    return float(content_of(checkpoint).get("progress", 0.0))
+
+
+def newest_valid(directory: Path) -> Path | None:
+    """Return the newest checkpoint whose every file has its listed size and checksum, None if there are none.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    candidates = checkpoints(directory)
+    for candidate in reversed(candidates):
+        damage = find_damage(candidate)
+        if damage is None:
+            return candidate
+        log.warning("checkpoint %s is damaged (%s); trying the one before", candidate, damage)
+    damaged = len(candidates) + len(list(directory.glob(f"{DAMAGED}*")))
+    if damaged:
+        raise ValueError(
+            f"{directory}: none of its {damaged} checkpoints is whole; "
+            "mend the file system, or say overwrite=true to start anew."
+        )
+    return None
+
+
+def set_aside(directory: Path, newest: Path) -> None:
+    """Rename the damaged checkpoints that are newer than the newest valid one, so that they can be looked at."""
+    for checkpoint in checkpoints(directory):
+        if checkpoint.name > newest.name:
+            aside = _free(checkpoint.with_name(f"{DAMAGED}{checkpoint.name}"))
+            checkpoint.rename(aside)
+            log.warning("set aside as %s; delete it when you have looked at it", aside)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, None when nothing is."""
+    try:
+        listing = json.loads((checkpoint / MANIFEST_NAME).read_text())
+        strangers = {path.name for path in checkpoint.iterdir()} - listing.keys() - {MANIFEST_NAME}
+        if strangers:
+            return f"{min(strangers)} is not listed"
+        for name, expected in listing.items():
+            if describe(checkpoint / name) != expected:
+                return f"{name} changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a life that was killed has left half written."""
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover)
+
+
+def seal(path: Path) -> None:
+    """Sync a written file, and note size and checksum beside it for the manifest."""
+    sync(path)
+    write(path.with_name(path.name + _LISTING), json.dumps(describe(path)))
+
+
+def publish(temporary: Path, final: Path, content: dict[str, Any]) -> None:
+    """Make a checkpoint of a directory of sealed files, durable and whole or not there at all."""
+    listing = {}
+    for note in sorted(temporary.glob(f"*{_LISTING}")):
+        listing[note.name.removesuffix(_LISTING)] = json.loads(note.read_text())
+        note.unlink()
+    write(temporary / STATE_NAME, json.dumps(content, indent=1))
+    listing[STATE_NAME] = describe(temporary / STATE_NAME)
+    write(temporary / MANIFEST_NAME, json.dumps(listing, indent=1))
+    sync(temporary)
+    if final.exists():
+        # Of a life that came this far before; named so that a death between the two lines is cleaned up.
+        final.rename(temporary.with_name(f"{TEMPORARY}old-{final.name}"))
+    temporary.rename(final)
+    sync(final.parent)
+    latest = final.with_name(LATEST_NAME)
+    write(latest.with_suffix(".tmp"), final.name)
+    os.replace(latest.with_suffix(".tmp"), latest)
+    sync(final.parent)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return the size and the SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file durably."""
+    path.write_text(text)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(path: Path) -> Path:
+    """Return the path, with a number if there is one of this name."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in range(2, 1000))
+    return path if not path.exists() else next(each for each in numbered if not each.exists())

@@ -1,0 +1,122 @@
+"""How a step is computed, in our words and in DeepSpeed's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+STAGES = (0, 1, 2, 3)
+
+
+class Precision(Enum):
+    """What networks compute in; optimizer and momentum encoder keep fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class EngineConfig:
+    """How a step is computed."""
+
+    precision: Precision = Precision.bf16
+    # Of ZeRO: what is sharded over the processes. 0: nothing, 1: optimizer state, 2: gradients, 3: weights, too.
+    stage: int = 1
+    # Report gradient norms of single layers; one more pass over the gradients.
+    layer_norms: bool = False
+    # So many steps in a row whose loss or gradient is not finite end the run.
+    max_skipped: int = 10
+    # DeepSpeed's own options, as in its JSON; what coldpress sets itself is refused.
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(
+                f"engine.stage must be one of {', '.join(map(str, STAGES))}, got {self.stage}; 1 is usual."
+            )
+        if self.max_skipped < 1:
+            raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
+        _check_free("engine.deepspeed", self.deepspeed, deepspeed_options(self, 1, 0.0))
+
+
+def deepspeed_options(engine: EngineConfig, local_batch: int, clip: float) -> dict[str, Any]:
+    """Return DeepSpeed's configuration."""
+    options: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": local_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": _zero_options(engine.stage),
+    }
+    if engine.precision is Precision.bf16:
+        options |= {
+            "bf16": {"enabled": True},
+            # At stage 0 gradients are bf16 from the backward to the step, and DeepSpeed takes nothing else.
+            "data_types": {"grad_accum_dtype": "fp32" if engine.stage else "bf16"},
+            "communication_data_type": "fp32",
+        }
+    return merged(options, engine.deepspeed)
+
+
+def merged(options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Return options with more of them put in at any depth; what both have is the second's."""
+    both = options.keys() & more.keys()
+    nested = {key: merged(options[key], more[key]) for key in both if isinstance(more[key], dict)}
+    return options | more | nested
+
+
+def _zero_options(stage: int) -> dict[str, Any]:
+    # The default bucket of 5e8 elements would take gigabytes for a ViT. (In bf16 DeepSpeed reduces its flat fp32
+    # gradients as a whole at stage 1 and does not look at these.)
+    options: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": 20_000_000,
+        "allgather_bucket_size": 200_000_000,
+    }
+    if stage == 3:
+        options |= {
+            "stage3_prefetch_bucket_size": 20_000_000,
+            # Above 0 small tensors stay gathered, out of reach of what is written to a momentum encoder's shards, and
+            # are gathered one by one at each step.
+            "stage3_param_persistence_threshold": 0,
+            # It would replace torch.nn.functional.linear for the whole process, with other rounding.
+            "memory_efficient_linear": False,
+        }
+    return options
+
+
+# What coldpress sets that may be tuned all the same: sizes, which change no result.
+_TUNABLE = {
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "steps_per_print",
+}
+# What coldpress decides by keys of its own, or does itself.
+_OURS = {
+    "train_batch_size": "batch_size",
+    "optimizer": "optim",
+    "scheduler": "rate",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "checkpoint": "checkpoint",
+    "elasticity": "nothing: a run may change its number of processes",
+    "compression_training": "compression",
+    "data_efficiency": "compression",
+    "curriculum_learning": "compression",
+}
+
+
+def _check_free(path: str, given: dict[str, Any], ours: dict[str, Any], inside: str = "") -> None:
+    """Refuse by name what coldpress sets itself."""
+    for key, value in given.items():
+        name = f"{inside}{key}"
+        if name in _OURS:
+            raise ValueError(f"{path}.{name} is decided by {_OURS[name]} in coldpress; take it out.")
+        if name not in _TUNABLE and key in ours:
+            if isinstance(value, dict) and isinstance(ours[key], dict):
+                _check_free(path, value, ours[key], f"{name}.")
+            else:
+                raise ValueError(f"{path}.{name} is set by coldpress from keys of its own; take it out.")
