@@ -93,6 +93,7 @@ def load_networks(method: Method, reader: Reader) -> None:
 def _load_optimizer(method: Method, optimizer: Any, reader: Reader, rank: int) -> None:
     names = {parameter: name for name, parameter in method.named_parameters()}
     moments, saved_steps = optimizer_state.inner_optimizer(optimizer).state, reader.facts[STEPS]
+    moments.clear()
     for each in optimizer_state.fragments(optimizer, rank):
         name = names[each.parameter]
         each.of(each.master).copy_(_stretch(reader, MASTER + name, each))
