@@ -46,10 +46,11 @@ class Chain:
     ) -> None:
         directory.mkdir(parents=True)
         self._directory, self._shards, self._sabotage = directory, shards, sabotage
-        self._condition = Condition(ranks, disk=SmallDisk(directory / "runs") if small_disk else None)
+        self._disk = SmallDisk(directory / "runs") if small_disk else None
+        self._condition = Condition(ranks)
         self._lives: list[Life] = []
         self._modes: set[tuple[int, int]] = set()
-        self.files = RunFiles(directory / "runs")
+        self.files = RunFiles(directory / "runs", self._disk)
         self.networks = directory / "networks.pt"
         self.tally = Tally(Counter(chains=1))
 
@@ -68,7 +69,7 @@ class Chain:
     def live(self, kind: str, ending: Ending, draw: Random, reference: Reference) -> bool:
         """Live one life and judge it; tell whether the run has finished."""
         resumes_at = self.files.resumes_at()
-        with ending.circumstances(self._condition, draw):
+        with ending.circumstances(self.files, self._condition, draw):
             life = self.start()
             ending.strike(life, self.files, draw)
             in_time = life.end()
@@ -96,11 +97,11 @@ class Chain:
 
     def close(self) -> None:
         """Give the disk back."""
-        if self._condition.disk is not None:
-            self._condition.disk.close()
+        if self._disk is not None:
+            self._disk.close()
 
     def _offers(self, ending: Ending) -> bool:
-        return self._condition.disk is not None or not ending.needs_disk
+        return self._disk is not None or not ending.needs_disk
 
     def _change(self, draw: Random, kinds: Collection[str]) -> None:
         possible = [kind for kind in CHANGES if kind in kinds]
@@ -114,8 +115,9 @@ class Chain:
         counts["resumes"] += resumes_at > 0
         if not finished:
             self.tally.deaths[kind] += 1
-            counts["half a checkpoint left"] += bool(self.files.unpublished())
-            counts["a checkpoint not named yet"] += self.files.unnamed()
+            counts["half a checkpoint left"] += self.files.saving(since=life.began)
+            # If it is older, a change between lives took its name.
+            counts["a checkpoint not named yet"] += self.files.unnamed() and self.files.resumes_at() > resumes_at
             counts["a survivor that waited"] += life.stayed
 
     def _differ(self, when: str, wrongs: list[str]) -> None:

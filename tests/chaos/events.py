@@ -12,7 +12,6 @@ from random import Random
 
 from chaos.life import Life
 from chaos.run_files import RunFiles
-from chaos.small_disk import SmallDisk
 from chaos.tiny_run import STEPS
 
 STOPPED = 75
@@ -29,17 +28,16 @@ class Condition:
 
     ranks: int
     stage: int = 1
-    disk: SmallDisk | None = None
     clock_hours: float = 0.0
     sync_seconds: float = 0.0
 
 
 Strike = Callable[[Life, RunFiles, Random], None]
-Circumstances = Callable[[Condition, Random], AbstractContextManager[None]]
+Circumstances = Callable[[RunFiles, Condition, Random], AbstractContextManager[None]]
 Change = Callable[[RunFiles, Condition, Random], bool]
 
 
-def _usual(condition: Condition, draw: Random) -> AbstractContextManager[None]:
+def _usual(files: RunFiles, condition: Condition, draw: Random) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -89,6 +87,17 @@ def ask(number: signal.Signals, life: Life, files: RunFiles, draw: Random) -> No
     life.send(number, draw.choice((everybody, [draw.choice(everybody)])))
 
 
+def fill_disk(life: Life, files: RunFiles, draw: Random) -> None:
+    """Take the room away while the run goes on."""
+    _wait_for_its_time(life, draw)
+    files.small_disk.fill(_too_little(draw))
+
+
+def _too_little(draw: Random) -> int:
+    """Return room for nothing, for some small files, or for part of a checkpoint."""
+    return draw.choice((0, 4096 * draw.randint(1, 16), draw.randrange(1 << 21)))
+
+
 def _wait_for_its_time(life: Life, draw: Random) -> None:
     """Wait for any moment of a life, of its start or of its loop."""
     if draw.random() < 0.3:
@@ -104,7 +113,7 @@ def _wait_for_some_step(life: Life, draw: Random) -> None:
 
 
 @contextmanager
-def slow_disk(condition: Condition, draw: Random) -> Iterator[None]:
+def slow_disk(files: RunFiles, condition: Condition, draw: Random) -> Iterator[None]:
     """Make saves last long enough to be hit anywhere."""
     condition.sync_seconds = _SYNC_SECONDS
     yield
@@ -112,21 +121,26 @@ def slow_disk(condition: Condition, draw: Random) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk(condition: Condition, draw: Random) -> Iterator[None]:
-    """Leave room for nothing, for some files, or for part of a checkpoint."""
-    assert condition.disk is not None
-    condition.disk.fill(room=draw.choice((0, 4096 * draw.randrange(1, 16), draw.randrange(1 << 21))))
+def full_disk(files: RunFiles, condition: Condition, draw: Random) -> Iterator[None]:
+    """Leave next to no room from the start, and give it back."""
+    files.small_disk.fill(_too_little(draw))
     yield
-    condition.disk.empty()
+    files.small_disk.empty()
 
 
 @contextmanager
-def read_only_disk(condition: Condition, draw: Random) -> Iterator[None]:
-    """Allow no writes."""
-    assert condition.disk is not None
-    condition.disk.read_only(True)
+def filling_disk(files: RunFiles, condition: Condition, draw: Random) -> Iterator[None]:
+    """Give back the room that the life will lose."""
     yield
-    condition.disk.read_only(False)
+    files.small_disk.empty()
+
+
+@contextmanager
+def read_only_disk(files: RunFiles, condition: Condition, draw: Random) -> Iterator[None]:
+    """Allow no writes."""
+    files.small_disk.read_only(True)
+    yield
+    files.small_disk.read_only(False)
 
 
 def jump_clock(files: RunFiles, condition: Condition, draw: Random) -> bool:
@@ -166,6 +180,7 @@ ENDINGS: dict[str, Ending] = {
     "sigterm": Ending(partial(ask, signal.SIGTERM), (STOPPED, -signal.SIGTERM)),
     "sigusr2": Ending(partial(ask, signal.SIGUSR2), (STOPPED, -signal.SIGUSR2)),
     "full_disk": Ending(let_be, REFUSED, full_disk, needs_disk=True),
+    "filling_disk": Ending(fill_disk, REFUSED, filling_disk, needs_disk=True),
     "read_only_disk": Ending(let_be, REFUSED, read_only_disk, needs_disk=True),
 }
 CHANGES: dict[str, Change] = {
@@ -178,5 +193,5 @@ CHANGES: dict[str, Change] = {
     "stage": change_stage,
 }
 # A run cannot yet go on with other processes or at another stage, and does not yet answer for a full disk.
-DISABLED = {"resize", "stage", "full_disk", "read_only_disk"}
+DISABLED = {"resize", "stage", "full_disk", "filling_disk", "read_only_disk"}
 ENABLED = [kind for kind in (*ENDINGS, *CHANGES) if kind not in DISABLED]

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 from chaos.damage import DAMAGES
+from chaos.small_disk import SmallDisk
 from chaos.tiny_run import NAME
 
 _Mark = tuple[str, int, int]
@@ -15,11 +16,18 @@ _Mark = tuple[str, int, int]
 class RunFiles:
     """The files of one chain's run."""
 
-    def __init__(self, runs: Path) -> None:
+    def __init__(self, runs: Path, disk: SmallDisk | None = None) -> None:
         self.runs = runs
         self.directory = runs / NAME
         self._checkpoints = self.directory / "checkpoints"
         self._damaged: set[_Mark] = set()
+        self._disk = disk
+
+    @property
+    def small_disk(self) -> SmallDisk:
+        """Return the disk of its own that the run is on."""
+        assert self._disk is not None
+        return self._disk
 
     def whole(self) -> list[Path]:
         """Return the published checkpoints that were not damaged, oldest first."""
