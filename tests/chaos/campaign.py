@@ -30,7 +30,7 @@ class Campaign:
 
     def __init__(self, directory: Path, seed: str, kinds: list[str]) -> None:
         self._directory, self._seed = directory, seed
-        self._kinds, self._small_disks = _possible(kinds)
+        self._kinds, self._small_disk_each = _possible(kinds)
         self._shards = _drawn_shards(directory)
         self._references: dict[int, Reference] = {}
         self.tally = Tally()
@@ -40,8 +40,7 @@ class Campaign:
         number = self.tally.counts["chains"] + 1
         draw = Random(f"{self._seed}/{number}")
         ranks = draw.choice(_RANKS)
-        # The others are on a real disk.
-        small_disk = self._small_disks and number % 2 == 0
+        small_disk = self._small_disk_each > 0 and number % self._small_disk_each == 0
         chain = Chain(self._directory / f"chain-{number:03d}", self._shards, ranks, small_disk=small_disk)
         try:
             chain.drive(draw, self._kinds, self._reference(ranks))
@@ -68,14 +67,16 @@ class Campaign:
         return self._references[ranks]
 
 
-def _possible(kinds: list[str]) -> tuple[list[str], bool]:
-    """Return the kinds that this machine can do, and whether it is to mount small disks."""
-    on_disk = [kind for kind in kinds if kind in ENDINGS and ENDINGS[kind].needs_disk]
+def _possible(kinds: list[str]) -> tuple[list[str], int]:
+    """Return the kinds that this machine can do, and of how many chains one gets a small disk, 0 for none."""
+    endings = [kind for kind in kinds if kind in ENDINGS]
+    on_disk = [kind for kind in endings if ENDINGS[kind].needs_disk]
     reason = own_mounts() if on_disk else ""
-    if not reason:
-        return kinds, bool(on_disk)
-    print(f"left out: {', '.join(on_disk)} ({reason})")
-    return [kind for kind in kinds if kind not in on_disk], False
+    if reason:
+        print(f"left out: {', '.join(on_disk)} ({reason})")
+        return [kind for kind in kinds if kind not in on_disk], 0
+    # A small disk is memory, which syncs in no time: the others are on a real one, as far as they can.
+    return kinds, (1 if len(on_disk) == len(endings) else 2) if on_disk else 0
 
 
 def _drawn_shards(directory: Path) -> Path:
