@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint types suite test-slow clean
+.PHONY: help install demo test lint types suite test-slow chaos clean
 
 help:
 	@echo "make demo [IMAGES=PATH]  install, then shard, pre-train, interrupt, resume and evaluate in minutes"
 	@echo "make test                install, then lint, types and the test suite"
 	@echo "make test-slow           the longer studies"
+	@echo "make chaos [DEATHS=200] [SEED=0]  kill, stop, resize and damage runs, and count what differs at their ends"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +36,12 @@ suite: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow --durations=15
+
+# A campaign forks: its process may have no threads. PYTHONPATH: tests/chaos is a package of its own.
+chaos: DEATHS ?= 200
+chaos: SEED ?= 0
+chaos: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m chaos.campaign --at "$$(mktemp -d)/campaign" --deaths $(DEATHS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -114,7 +114,14 @@ def _environment() -> dict[str, object]:
     }
 
 
+class _LogFile(logging.FileHandler):
+    """A copy of what the console is told; a line that does not fit the disk is left out of it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: a page of traceback for each line would hide the sentence that the run ends with."""
+
+
 def _log_to(path: Path) -> None:
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
