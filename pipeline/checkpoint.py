@@ -29,8 +29,8 @@ from pipeline.distributed import any_rank, from_main, on_main, rank, sum_over_ra
 from pipeline.engine import Engine, file_name
 from pipeline.pieces import HostCopies
 
-# Of room on the disk, beyond what a checkpoint takes: for logs, manifests and who else writes there.
-SPARE_BYTES = 64 * 2**20
+# Of room on the disk, as a multiple of what a checkpoint takes: for its manifest, logs and who else writes there.
+ROOM = 1.1
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ class Checkpointer:
             clear_leftovers(self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory).free
-            if free < num_bytes + SPARE_BYTES:
+            if free < ROOM * num_bytes:
                 return (
                     f"it takes {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free in {self.directory}; "
                     "make room, or keep fewer (checkpoint.keep_last)"

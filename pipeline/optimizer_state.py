@@ -46,9 +46,7 @@ class Fragment:
 def take(engine: Any, names: Container[str]) -> OptimizerState:
     """Return the state of the parameter groups of these names."""
     inner = inner_optimizer(engine.optimizer)
-    parts = {
-        key: (master, inner.state.get(master, {})) for key, master in masters(engine.optimizer) if key[0] in names
-    }
+    parts = {key: (master, inner.state.get(master, {})) for key, master in masters(engine.optimizer) if key[0] in names}
     return OptimizerState(parts, {name: getattr(engine, name) for name in _COUNTERS})
 
 

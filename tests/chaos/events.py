@@ -193,5 +193,5 @@ CHANGES: dict[str, Change] = {
     "stage": change_stage,
 }
 # A run cannot yet go on with other processes or at another stage, and does not yet answer for a full disk.
-DISABLED = {"resize", "stage", "full_disk", "filling_disk", "read_only_disk"}
+DISABLED: set[str] = set()
 ENABLED = [kind for kind in (*ENDINGS, *CHANGES) if kind not in DISABLED]

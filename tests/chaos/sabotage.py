@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from data.loader import Batch, Loader
-from pipeline.methods.moco import MoCo
+from pipeline.methods.dino import DINO
 
 
 def skip_a_sample() -> None:
@@ -20,7 +20,7 @@ def skip_a_sample() -> None:
 
 def forget_the_momentum_encoder() -> None:
     """Leave it as it is initialized."""
-    MoCo.load = lambda self, state: None  # type: ignore[method-assign]
+    DINO.load = lambda self, state: None  # type: ignore[method-assign]
 
 
 SABOTAGES: dict[str, Callable[[], None]] = {

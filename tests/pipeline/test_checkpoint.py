@@ -1,15 +1,17 @@
 """Publication, damage, identity."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline import distributed
 from pipeline.checkpoint import CheckpointConfig, Checkpointer, TrainState
-from pipeline.checkpoint_files import checkpoints, describe, find_damage, newest_valid, progress_of
+from pipeline.checkpoint_files import checkpoints, describe, find_damage, newest_valid, progress_of, seal, step_of
 from pipeline.engine import Engine
 from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods.moco import MoCo
@@ -97,8 +99,8 @@ def test_only_published_names_and_the_newest_are_kept(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    saved: Path, damage: str, caplog: pytest.LogCaptureFixture
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(
+    saved: Path, damage: str, make_moco: Callable[..., MoCo], caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = saved / "step_00000003"
     victim = newest / ("MANIFEST.json" if damage == "manifest" else "rank_00000.safetensors")
@@ -109,26 +111,142 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     if damage == "remove":
         victim.unlink()
     assert find_damage(newest) is not None
+    # Who only looks leaves it where it is.
     assert newest_valid(saved) == saved / "step_00000002"
-    assert "step_00000003 is damaged" in caplog.text
-
-
-def test_a_new_checkpoint_replaces_damaged_later_ones(
-    saved: Path, make_moco: Callable[..., MoCo], make_batch: Callable[..., object]
-) -> None:
-    (saved / "step_00000003" / "MANIFEST.json").unlink()
-    (saved / ".tmp-step_00000009").mkdir()
-    engine, keeper = engine_for(make_moco()), checkpointer(saved, keep_last=1)
-    state = keeper.restore(engine)
+    assert newest.exists()
+    state = checkpointer(saved).restore(engine_for(make_moco()))
     assert state is not None
     assert state.step == 2
-    # Another life that saves earlier than the damaged one did.
-    state.step, old = 2, saved / "step_00000002"
-    save(keeper, engine, state, 0.3)
-    assert [p.name for p in checkpoints(saved)] == ["step_00000002"]
-    assert find_damage(old) is None
-    assert (saved / "latest").read_text() == "step_00000002"
+    assert "step_00000003 is damaged" in caplog.text
+    assert [p.name for p in saved.glob("damaged-*")] == ["damaged-step_00000003"]
+    assert not newest.exists()
+
+
+def test_damaged_ones_stay_aside_and_do_not_come_back(
+    saved: Path, make_moco: Callable[..., MoCo], make_batch: Callable[..., object]
+) -> None:
+    (saved / ".tmp-step_00000009").mkdir()
+    for _ in range(2):
+        (saved / "step_00000003" / "MANIFEST.json").unlink()
+        engine, keeper = engine_for(make_moco()), checkpointer(saved)
+        state = keeper.restore(engine)
+        assert state is not None
+        assert state.step == 2
+        save(keeper, engine, TrainState(3), 0.3)
+        assert find_damage(saved / "step_00000003") is None
+        assert (saved / "latest").read_text() == "step_00000003"
+    assert sorted(p.name for p in saved.glob("damaged-*")) == ["damaged-step_00000003", "damaged-step_00000003-2"]
     assert not list(saved.glob(".tmp*"))
+
+
+def test_a_step_that_is_saved_again_replaces_what_was_there(saved: Path, make_moco: Callable[..., MoCo]) -> None:
+    engine, keeper = engine_for(make_moco()), checkpointer(saved)
+    keeper.restore(engine)
+    save(keeper, engine, TrainState(3, samples=99), 0.3)
+    assert json.loads((saved / "step_00000003" / "state.json").read_text())["state"]["samples"] == 99
+    assert find_damage(saved / "step_00000003") is None
+    assert not list(saved.glob(".tmp*"))
+
+
+def test_training_goes_on_while_a_save_is_written(
+    tmp_path: Path, make_moco: Callable[..., MoCo], make_batch: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Event()
+    monkeypatch.setattr("pipeline.checkpoint.seal", lambda path: (gate.wait(), seal(path)))
+    engine, keeper = engine_for(make_moco()), checkpointer(tmp_path)
+    engine.step(make_batch(), plan(0))
+    expected = {name: tensor.clone() for name, tensor in engine.method.state_dict().items()}
+    assert "checkpoint_stall_seconds" in keeper.save(engine, TrainState(1), 0.1)
+    engine.step(make_batch(start=8), plan(0))
+    assert keeper.pending() == (True, False)
+    assert keeper.settle(*keeper.pending()) == {}
+    assert checkpoints(tmp_path) == []
+    gate.set()
+    assert keeper.finish()["checkpoints_total"] == 1
+    # What was saved is the state at the call, not of the step that came in between.
+    other = engine_for(make_moco())
+    checkpointer(tmp_path).restore(other)
+    assert all(torch.equal(other.method.state_dict()[name], expected[name]) for name in expected)
+
+
+def test_without_room_a_save_fails_before_it_begins_and_training_goes_on(
+    saved: Path, make_moco: Callable[..., MoCo], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, keeper = engine_for(make_moco()), checkpointer(saved)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert save(keeper, engine, TrainState(4), 0.4) == {"checkpoint_failures_total": 1}
+    assert "step_00000004 could not be saved: it takes" in caplog.text
+    assert "make room, or keep fewer (checkpoint.keep_last)" in keeper.failure
+    assert [p.name for p in checkpoints(saved)] == ["step_00000002", "step_00000003"]
+    monkeypatch.undo()
+    assert save(keeper, engine, TrainState(5), 0.5)["checkpoints_total"] == 1
+    assert keeper.failure == ""
+
+
+@pytest.mark.parametrize("where", ["pipeline.pieces.write", "pipeline.checkpoint.publish"])
+def test_a_save_that_fails_on_its_way_costs_itself_only(
+    saved: Path, make_moco: Callable[..., MoCo], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    engine, keeper = engine_for(make_moco()), checkpointer(saved)
+    monkeypatch.setattr(where, fail)
+    assert save(keeper, engine, TrainState(4), 0.4)["checkpoint_failures_total"] == 1
+    assert "No space left on device" in keeper.failure
+    assert newest_valid(saved) == saved / "step_00000003"
+    monkeypatch.undo()
+    save(keeper, engine, TrainState(5), 0.5)
+    assert newest_valid(saved) == saved / "step_00000005"
+    assert not list(saved.glob(".tmp*"))
+
+
+def test_the_best_and_every_so_many_are_kept_for_good(tmp_path: Path, make_moco: Callable[..., MoCo]) -> None:
+    keeper = checkpointer(tmp_path, keep_last=1, keep_best=True, every_steps=2, keep_every_steps=4)
+    engine = engine_for(make_moco())
+    for step, score in [(1, 0.2), (2, None), (3, 0.5), (4, None), (5, 0.4), (6, None), (7, None)]:
+        keeper.save(engine, TrainState(step), step / 10, score)
+        keeper.finish()
+    assert [step_of(c) for c in checkpoints(tmp_path)] == [3, 4, 7]
+
+
+def test_every_tensor_of_a_run_is_in_the_inventory(make_moco: Callable[..., MoCo], tmp_path: Path) -> None:
+    """Whatever a training step can reach is saved, or is a function of the configuration."""
+    engine = engine_for(make_moco())
+    engine.step(Views(), plan(0))
+    known = {t.data_ptr() for piece in engine.state() for t in (piece.data,)}
+    known |= {t.data_ptr() for t in (*engine.method.parameters(), *engine.method.buffers())}
+    reachable = dict(tensors_of(engine.method, "method"))
+    lost = [path for path, tensor in reachable.items() if tensor.numel() and tensor.data_ptr() not in known]
+    # Fixed sine-cosine positions are no parameter: the place of learned ones is empty. Gradients are of one step.
+    assert [path for path in lost if not path.endswith(".grad")] == []
+    assert len(reachable) > 100
+
+
+def tensors_of(thing: object, path: str, seen: set[int] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor that can be reached from an object, with the way there."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield path, thing
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            yield from tensors_of(value, f"{path}[{key}]", seen)
+    elif isinstance(thing, list | tuple | set):
+        for i, value in enumerate(thing):
+            yield from tensors_of(value, f"{path}[{i}]", seen)
+    elif type(thing).__module__.startswith(("pipeline", "torch.nn", "timm")) and hasattr(thing, "__dict__"):
+        for key, value in vars(thing).items():
+            yield from tensors_of(value, f"{path}.{key}", seen)
+
+
+class Views:
+    """A batch of two views."""
+
+    views = tuple(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    index = torch.arange(8)
 
 
 def test_a_run_does_not_silently_start_anew_when_every_checkpoint_is_damaged(saved: Path) -> None:
@@ -213,6 +331,7 @@ def test_milestones_are_saved_when_passed_and_kept_for_good(tmp_path: Path, make
         ),
         ({"every_steps": 0}, r"checkpoint\.every_steps and checkpoint\.every_minutes must be above 0, got 0 and 15"),
         ({"keep_last": 0}, r"checkpoint\.keep_last must be at least 1, got 0"),
+        ({"keep_every_steps": 1500}, r"keep_every_steps must be a multiple of checkpoint\.every_steps=1000, got 1500"),
     ],
 )
 def test_bad_values_are_refused(arguments: dict[str, int], sentence: str) -> None:

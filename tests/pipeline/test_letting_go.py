@@ -29,6 +29,7 @@ class Crops:
 # Two layers freeze after four steps, a third after seven. `Plain` is the reference: fp32 masters, gradients averaged by
 # hand, what is frozen taken out of AdamW, its state with it.
 SCRIPT = """
+    import os
     import sys
     from dataclasses import dataclass
     from pathlib import Path
@@ -39,8 +40,11 @@ SCRIPT = """
     from pipeline.engine_config import EngineConfig, Precision
     from pipeline.methods import LocalMIMConfig, MoCoConfig, build_method
     from pipeline.methods.localmim import DecoderRates
+    from pipeline.models.momentum import local
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig, adamw, parameter_groups
+    from pipeline.optimizer_state import place_of_shard
+    from pipeline.pieces import Reader
     from pipeline.schedules import StepPlan
 
     world = distributed.start()
@@ -133,7 +137,7 @@ SCRIPT = """
             return output
 
     sent = 0
-    def count(name):
+    def count_sent(name):
         original = getattr(dist, name)
         def counting(*args, **kwargs):
             global sent
@@ -141,7 +145,7 @@ SCRIPT = """
             return original(*args, **kwargs)
         setattr(dist, name, counting)
     for name in ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather"):
-        count(name)
+        count_sent(name)
 
     def kept_bytes(engine):
         optimizer = engine._engine.optimizer
@@ -151,10 +155,25 @@ SCRIPT = """
             for state in inner.state.values() for t in state.values() if torch.is_tensor(t)
         )
 
+    def count(p):
+        return getattr(p, "ds_numel", p.numel())
+
     def share_live(method, frozen):
         gone = [p for i in range(frozen) for p in method.layers()[i] + method.attached().get(i, [])]
-        total = sum(p.numel() for p in learning)
-        return 1 - sum(p.numel() for p in gone if id(p) in ids) / total
+        return 1 - sum(count(p) for p in gone if id(p) in ids) / sum(count(p) for p in learning)
+
+    def mine(p):
+        # What pads a shard is nobody's.
+        return local(p) if STAGE < 3 else local(p)[: place_of_shard(p, world.rank)[1]]
+
+    def weights(engine):
+        if STAGE < 3:
+            return dict(engine.method.named_parameters())
+        engine.save(scratch / "now")
+        dist.barrier()
+        reader = Reader(scratch / "now")
+        names = [name for name, _ in engine.method.named_parameters()]
+        return {{n: reader.whole(("weight/" if f"weight/{{n}}" in reader.names else "master/") + n) for n in names}}
 
     engine, plain = make_engine(), Plain()
     learning = [p for p in engine.method.parameters() if p.requires_grad]
@@ -175,34 +194,39 @@ SCRIPT = """
         gone += [p for i in range(now.frozen_layers) for p in engine.method.attached().get(i, [])]
         assert all(p.grad is None and not p.requires_grad for p in gone)
         for p in gone:
-            still.setdefault(id(p), p.detach().clone())
-            assert torch.equal(still[id(p)], p), names[id(p)]
+            still.setdefault(id(p), local(p).clone())
+            assert torch.equal(still[id(p)], local(p)), names[id(p)]
         if step in (3, 5):
             engine.save(scratch / f"step{{step}}")
-    for (name, ours), theirs in zip(engine.method.named_parameters(), plain.method.parameters(), strict=True):
+    for (name, ours), theirs in zip(weights(engine).items(), plain.method.parameters(), strict=True):
         if not name.endswith(("qkv.bias", "encoder.norm.bias")):
+            ours = ours.to(DTYPE)
             torch.testing.assert_close(ours, theirs, atol={tolerance}, rtol=0, msg=lambda m: f"{{name}}: {{m}}")
     # What is pruned keeps its name, and its place in a checkpoint.
     assert list(engine.method.state_dict()) == keys
     for k, first in ((2, 5), (3, 8)):
         share = share_live(engine.method, k)
         assert memory[first] < (share + 0.03) * memory[1], (memory, share)
-        if world.size > 1:
+        # At stage 3 a forward needs what is frozen, too, from all processes.
+        if world.size > 1 and STAGE < 3:
             extra = 3000  # norms, losses, batch statistics
             assert traffic[first] < share * traffic[1] + extra, (traffic, share)
     for saved in (3, 5):  # before and after the first event
         again = make_engine()
         for p in again.method.parameters():
-            p.data.add_(1.0)
+            local(p).add_(1.0)
         again.load(scratch / f"step{{saved}}")
         for step in range(saved + 1, 10):
             again.step(batch(step), plan(step))
         for (name, one), other in zip(engine.method.named_parameters(), again.method.parameters(), strict=True):
-            assert torch.equal(one, other), (saved, name)
+            assert torch.equal(mine(one), mine(other)), (saved, name)
         for key, value in engine.method.state().items():
             assert torch.equal(value, again.method.state()[key]), (saved, key)
     print("same")
-    distributed.stop()
+    dist.barrier()
+    sys.stdout.flush()
+    # ZeRO 3 over gloo aborts now and then when the interpreter ends.
+    os._exit(0)
     """
 # In bf16 Adam turns rounding into steps, most of all behind the few negatives of a contrastive loss.
 TOLERANCES = {
@@ -222,9 +246,12 @@ TOLERANCES = {
         ("localmim", 1, "bf16", 2, "shared"),
         ("localmim", 2, "fp32", 2, "tapped"),
         ("localmim", 2, "bf16", 1, "shared"),
+        ("localmim", 3, "fp32", 2, "tapped"),
         ("moco", 0, "fp32", 2, "tapped"),
         ("moco", 1, "bf16", 1, "tapped"),
         ("moco", 2, "fp32", 2, "tapped"),
+        ("moco", 3, "fp32", 1, "tapped"),
+        ("moco", 3, "bf16", 2, "tapped"),
     ],
 )
 def test_frozen_layers_are_let_go(
