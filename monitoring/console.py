@@ -49,6 +49,8 @@ class ConsoleSink:
         """Show the numbers that there are."""
         check(metrics)
         line = summary(step, metrics)
+        if not line:
+            return
         log.info("%s", line)
         if "progress_ratio" in metrics:
             self._bar.n = min(1.0, metrics["progress_ratio"])
@@ -63,7 +65,7 @@ class ConsoleSink:
 
 
 def summary(step: int, metrics: Mapping[str, float]) -> str:
-    """Return the line of one report."""
+    """Return the line of one report, nothing for one of which a line shows nothing."""
     shown: dict[str, object] = {**metrics, "step": step}
     if math.isfinite(eta := metrics.get("eta_seconds", math.nan)):
         shown["eta"] = timedelta(seconds=round(eta))
@@ -72,4 +74,4 @@ def summary(step: int, metrics: Mapping[str, float]) -> str:
     for part in PARTS:
         with suppress(KeyError):
             parts.append(part.format_map(shown))
-    return f"{head.format_map(shown)} {' | '.join(parts)}"
+    return f"{head.format_map(shown)} {' | '.join(parts)}" if parts else ""

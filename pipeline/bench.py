@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import distributed
+from pipeline.benchmarks.checkpoint import bench_checkpoint
 from pipeline.benchmarks.freezing import bench_freezing
 from pipeline.benchmarks.loader import bench_loader
 from pipeline.benchmarks.report import Report
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[BenchConfig, World], Report]] = {
     "loader": bench_loader,
     "start": bench_start,
     "targets": bench_targets,
+    "checkpoint": bench_checkpoint,
 }
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -104,9 +104,19 @@ def _compose(command: str, overrides: list[str]) -> Any:
             has_file = (CONFIG_DIR / group / f"{option}.yaml").exists()
             store.store(group=group, name=f"{option}_schema" if has_file else option, node=node)
     GlobalHydra.instance().clear()
-    texts = {key for key, kind in _fields(root_of(command), _groups(command)) if kind is str}
+    kinds = dict(_fields(root_of(command), _groups(command)))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(command, [_quoted(word) if word.partition("=")[0] in texts else word for word in overrides])
+        return compose(command, [_for_hydra(word, kinds) for word in overrides])
+
+
+def _for_hydra(word: str, kinds: dict[str, Any]) -> str:
+    """Return an override as Hydra wants it, by the type of its key."""
+    key = word.partition("=")[0]
+    if kinds.get(key) is str:
+        return _quoted(word)
+    # Where another program's options are passed through, any key may be new.
+    is_open = any(get_origin(kind) is dict and f"{key}.".startswith(f"{name}.") for name, kind in kinds.items())
+    return f"++{word}" if is_open else word
 
 
 def _quoted(word: str) -> str:

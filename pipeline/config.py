@@ -15,7 +15,7 @@ from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.compression.base import check_divides
-from pipeline.engine_config import EngineConfig
+from pipeline.engine_config import EngineConfig, Zero0, Zero2, Zero3
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
@@ -250,7 +250,7 @@ class BenchConfig:
     """Measurements against a baseline in the same run."""
 
     # step: over compressions; freezing: over frozen layers; targets: LocalMIM's, one pass against many; loader: images
-    # per CPU second; start: time to the index.
+    # per CPU second; start: time to the index; checkpoint: saves, against DeepSpeed's own, and a resume.
     what: str = "step"
     batch_size: int = 64
     rounds: int = 7
@@ -298,4 +298,5 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
     "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig, "localmim": LocalMIMConfig},
     "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
+    "engine": {"zero0": Zero0, "zero1": EngineConfig, "zero2": Zero2, "zero3": Zero3},
 }

@@ -191,6 +191,10 @@ class Engine:
         directory.mkdir(parents=True, exist_ok=True)
         pieces.write(directory / file_name(dist.get_rank()), self.state(), self.facts())
 
+    def save_as_deepspeed(self, directory: Path) -> None:
+        """Write DeepSpeed's own checkpoint, which nothing here reads: what `save` is measured against."""
+        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+
     def load(self, directory: Path) -> None:
         """Restore what engines of any number of processes and any stage have saved; every process must call this.
 

@@ -37,11 +37,36 @@ class EngineConfig:
             )
         if self.max_skipped < 1:
             raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
-        _check_free("engine.deepspeed", self.deepspeed, deepspeed_options(self, 1, 0.0))
+        _check_free("engine.deepspeed", self.deepspeed, _own_options(self, 1, 0.0))
+
+
+@dataclass
+class Zero0(EngineConfig):
+    """Every process keeps everything."""
+
+    stage: int = 0
+
+
+@dataclass
+class Zero2(EngineConfig):
+    """Optimizer state and gradients are sharded."""
+
+    stage: int = 2
+
+
+@dataclass
+class Zero3(EngineConfig):
+    """Weights are sharded, too, those of momentum encoders among them."""
+
+    stage: int = 3
 
 
 def deepspeed_options(engine: EngineConfig, local_batch: int, clip: float) -> dict[str, Any]:
-    """Return DeepSpeed's configuration."""
+    """Return DeepSpeed's configuration: what coldpress sets, and what the user passes through."""
+    return merged(_own_options(engine, local_batch, clip), engine.deepspeed)
+
+
+def _own_options(engine: EngineConfig, local_batch: int, clip: float) -> dict[str, Any]:
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": local_batch,
         "gradient_accumulation_steps": 1,
@@ -56,13 +81,13 @@ def deepspeed_options(engine: EngineConfig, local_batch: int, clip: float) -> di
             "data_types": {"grad_accum_dtype": "fp32" if engine.stage else "bf16"},
             "communication_data_type": "fp32",
         }
-    return merged(options, engine.deepspeed)
+    return options
 
 
 def merged(options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Return options with more of them put in at any depth; what both have is the second's."""
-    both = options.keys() & more.keys()
-    nested = {key: merged(options[key], more[key]) for key in both if isinstance(more[key], dict)}
+    both = [key for key in more if isinstance(options.get(key), dict) and isinstance(more[key], dict)]
+    nested = {key: merged(options[key], more[key]) for key in both}
     return options | more | nested
 
 

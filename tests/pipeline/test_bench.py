@@ -27,6 +27,16 @@ def test_cells_against_the_uncompressed_step(tmp_path: Path, capsys: pytest.Capt
     assert "realized" in capsys.readouterr().out
 
 
+def test_saves_against_deepspeeds_own(tmp_path: Path) -> None:
+    ours, theirs = measure(tmp_path, "what=checkpoint")
+    assert 0 < ours["stall"] <= ours["durable"]
+    assert 0 < theirs["stall"] <= theirs["durable"]
+    # The same weights and moments, but for headers, and for a momentum encoder that both keep whole.
+    assert ours["megabytes"] == pytest.approx(theirs["megabytes"], rel=0.2)
+    assert ours["resume"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
 def test_frozen_layers_against_a_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measure(tmp_path, "what=freezing")
     assert [r["frozen"] for r in rows] == [0, 1, 2]

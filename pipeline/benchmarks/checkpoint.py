@@ -1,0 +1,160 @@
+"""What saving costs a run, and what resuming does: the loop's stall, the time until the state is durable, its size."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from pipeline.benchmarks.report import Column, Report
+from pipeline.benchmarks.step import make_batch, make_engine, make_plan, seconds
+from pipeline.benchmarks.timing import Spread
+from pipeline.checkpoint import CheckpointConfig, Checkpointer, TrainState
+from pipeline.checkpoint_files import sync
+from pipeline.compression import Compression
+from pipeline.config import BenchConfig
+from pipeline.distributed import World, any_rank, barrier, from_main, start
+from pipeline.engine import Engine
+
+COLUMNS = (
+    Column("case", "case"),
+    Column("stall", "stall s", ".3f"),
+    Column("stall_low", "low", ".3f"),
+    Column("stall_high", "high", ".3f"),
+    Column("durable", "durable s", ".2f"),
+    Column("durable_low", "low", ".2f"),
+    Column("durable_high", "high", ".2f"),
+    Column("megabytes", "MB", ".0f"),
+    Column("step_ratio", "step, writing / not", ".2f"),
+    Column("resume", "resume s", ".1f"),
+)
+# What a process group is told by; a process of its own must not take its parent's for its own.
+_RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Contest:
+    """An engine that saves in turn as coldpress does and as DeepSpeed does."""
+
+    def __init__(self, config: BenchConfig, world: World, scratch: Path) -> None:
+        self._world, self._scratch = world, scratch
+        self._engine, method = make_engine(config, world)
+        self._plan = make_plan(config, method, Compression(), 0)
+        self._batch = make_batch(config, world, method)
+        self._keeper = Checkpointer(scratch / "ours", CheckpointConfig(keep_last=1), {})
+        self._state = TrainState()
+        self.step_seconds: list[float] = []
+        self.steps_while_writing: list[float] = []
+
+    def step(self) -> float:
+        """Train one step and return its seconds."""
+        self._state.step += 1
+        return seconds(self._engine, self._batch, self._plan, self._world)
+
+    def ours(self) -> tuple[float, float]:
+        """Save while training goes on; return seconds of stall, and until all of it is durable."""
+        self.step_seconds.append(self.step())
+        barrier()
+        begin = time.perf_counter()
+        self._keeper.save(self._engine, self._state, 0.0)
+        stall, done = time.perf_counter() - begin, False
+        while not done:
+            self.steps_while_writing.append(self.step())
+            done = bool(self._keeper.settle(*any_rank(*self._keeper.pending())))
+        assert not self._keeper.failure, self._keeper.failure
+        return stall, time.perf_counter() - begin
+
+    def theirs(self) -> tuple[float, float]:
+        """Save as DeepSpeed does, then sync what it wrote, which it does not; return the same."""
+        self.step()
+        folder = self._scratch / "theirs" / f"step{self._state.step}"
+        barrier()
+        begin = time.perf_counter()
+        self._engine.save_as_deepspeed(folder)
+        stall = time.perf_counter() - begin
+        if self._world.is_main:
+            for path in folder.iterdir():
+                sync(path)
+            sync(folder)
+        barrier()
+        return stall, time.perf_counter() - begin
+
+    def forget(self) -> None:
+        """Delete what DeepSpeed has written."""
+        barrier()
+        if self._world.is_main:
+            shutil.rmtree(self._scratch / "theirs", ignore_errors=True)
+        barrier()
+
+
+def bench_checkpoint(config: BenchConfig, world: World) -> Report:
+    """Measure saves beside training against DeepSpeed's own, in turn, and a resume in a process of its own."""
+    scratch = Path(from_main(tempfile.mkdtemp(prefix="coldpress-bench-", dir=_place(config)) if world.is_main else ""))
+    try:
+        return _measure(config, world, scratch)
+    finally:
+        if world.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _measure(config: BenchConfig, world: World, scratch: Path) -> Report:
+    contest = Contest(config, world, scratch)
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    # The first round maps memory and writes to a cold disk: for both.
+    for round_ in range(config.rounds + 1):
+        for save, kept in ((contest.ours, ours), (contest.theirs, theirs)):
+            result = save()
+            if round_:
+                kept.append(result)
+        their_bytes = _size(scratch / "theirs")
+        contest.forget()
+    rows = [_row("coldpress, beside training", ours, _size(scratch / "ours"))]
+    rows[0]["step_ratio"] = Spread.of(contest.steps_while_writing).median / Spread.of(contest.step_seconds).median
+    if world.is_main:
+        rows[0]["resume"] = _seconds_to_resume(config, scratch / "ours")
+    rows.append(_row("DeepSpeed, synchronous", theirs, their_bytes))
+    return Report(COLUMNS, rows)
+
+
+def _row(case: str, times: list[tuple[float, float]], num_bytes: int) -> dict[str, object]:
+    stalls, durables = (Spread.of(values) for values in zip(*times, strict=True))
+    return {
+        "case": case,
+        **stalls.fields("stall"),
+        **durables.fields("durable"),
+        "megabytes": num_bytes / 1e6,
+    }
+
+
+def _place(config: BenchConfig) -> Path:
+    """Return where to write: beside the report, on the disk that a run would use."""
+    return Path(config.output).absolute().parent if config.output else Path.cwd()
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _seconds_to_resume(config: BenchConfig, directory: Path) -> float:
+    """Return the seconds from the start of a process to the end of its first step after the newest checkpoint."""
+    child = multiprocessing.get_context("spawn").Process(target=_resume, args=(config, directory))
+    begin = time.perf_counter()
+    child.start()
+    child.join()
+    assert child.exitcode == 0, child.exitcode
+    return time.perf_counter() - begin
+
+
+def _resume(config: BenchConfig, directory: Path) -> None:
+    for name in _RENDEZVOUS:
+        os.environ.pop(name, None)
+    world = start()
+    engine: Engine
+    engine, method = make_engine(config, world)
+    assert Checkpointer(directory, CheckpointConfig(), {}).restore(engine) is not None
+    seconds(engine, make_batch(config, world, method), make_plan(config, method, Compression(), 0), world)
+    # ZeRO 3 over gloo aborts now and then when the interpreter ends.
+    os._exit(0)

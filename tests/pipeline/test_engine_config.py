@@ -1,0 +1,55 @@
+"""What may be passed through to DeepSpeed, and what may not."""
+
+import pytest
+
+from pipeline.compose import load
+from pipeline.engine_config import EngineConfig, Precision, Zero3, deepspeed_options, merged
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_group_names_the_stages(stage: int) -> None:
+    config = load("train", ["run=x", "data.shards=y", "budget.value=1", f"engine=zero{stage}", "engine.precision=fp32"])
+    assert (config.engine.stage, config.engine.precision) == (stage, Precision.fp32)
+
+
+def test_options_are_passed_through_at_any_depth() -> None:
+    words = [
+        "engine.deepspeed.zero_optimization.reduce_bucket_size=1000",
+        "engine.deepspeed.zero_optimization.overlap_comm=false",
+        "engine.deepspeed={wall_clock_breakdown: true}",
+    ]
+    options = deepspeed_options(
+        load("train", ["run=x", "data.shards=y", "budget.value=1", "engine=zero2", *words]).engine, 8, 0.0
+    )
+    assert options["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert options["zero_optimization"]["overlap_comm"] is False
+    assert options["zero_optimization"]["stage"] == 2
+    assert options["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 2}}, r"deepspeed\.zero_optimization\.stage is set by coldpress from keys of"),
+        ({"zero_optimization": 3}, r"deepspeed\.zero_optimization is set by coldpress"),
+        ({"gradient_clipping": 1.0}, r"deepspeed\.gradient_clipping is set by coldpress"),
+        ({"fp16": {"enabled": True}}, r"deepspeed\.fp16 is decided by engine\.precision in coldpress; take it out"),
+        ({"optimizer": {"type": "Lamb"}}, r"deepspeed\.optimizer is decided by optim in coldpress; take it out"),
+        ({"bf16": {"enabled": False}}, r"deepspeed\.bf16\.enabled is set by coldpress"),
+    ],
+)
+def test_what_coldpress_decides_is_refused_by_name(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        EngineConfig(deepspeed=given)
+
+
+def test_small_tensors_are_sharded_too_and_torch_stays_as_it_is() -> None:
+    options = deepspeed_options(Zero3(), 8, 0.0)["zero_optimization"]
+    assert options["stage3_param_persistence_threshold"] == 0
+    assert options["memory_efficient_linear"] is False
+
+
+def test_merging_changes_neither() -> None:
+    first, second = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "e": {"f": 4}}
+    assert merged(first, second) == {"a": {"b": 1, "d": 3}, "c": 2, "e": {"f": 4}}
+    assert (first, second) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "e": {"f": 4}})
