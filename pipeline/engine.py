@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline import engine_state, optimizer_state, pieces
+from pipeline import accumulation, engine_state, optimizer_state, pieces
 from pipeline.engine_config import EngineConfig, Precision, deepspeed_options
 from pipeline.gradients import TensorNorms
 from pipeline.methods.base import Batch, Method, StepOutput
@@ -89,6 +89,7 @@ class Engine:
         local_batch: int,
         device: torch.device,
     ) -> None:
+        accumulation.check(config.micro_batch, local_batch, method)
         self.method = method.to(device)
         self._exposed = _Exposed(method)
         self._config, self._optim, self._local_batch = config, optim, local_batch
@@ -111,8 +112,7 @@ class Engine:
         for parameter in self._last_layer:
             parameter.requires_grad_(plan.last_layer_rate > 0)
         self._set_rates(plan)
-        output = StepOutput(*self._engine(batch, plan))
-        self._engine.backward(_nan_gradient_unless_finite(output.loss))
+        output = self._add_gradients(batch, plan)
         self._measure_and_clip()
         finite = self._drop_unless_finite()
         self._engine.step()
@@ -125,6 +125,17 @@ class Engine:
         if plan.last_layer_rate == 0.0:
             self._forget_last_layers_steps()
         return StepResult(output.loss.detach(), output.metrics, applied)
+
+    def _add_gradients(self, batch: Batch, plan: StepPlan) -> StepOutput:
+        """Run forward and backward on the batch, part by part; DeepSpeed divides by their number."""
+        outputs: list[StepOutput] = []
+        for part in accumulation.parts(batch, self._config.micro_batch):
+            if outputs:
+                # For DeepSpeed every part is a step, of which all but the last do nothing.
+                self._engine.step()
+            outputs.append(StepOutput(*self._engine(part, plan)))
+            self._engine.backward(_nan_gradient_unless_finite(outputs[-1].loss))
+        return accumulation.mean(outputs)
 
     def freeze(self, frozen_layers: int) -> None:
         """Let go of the first layers: no gradient, no traffic, no optimizer state.

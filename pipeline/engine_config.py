@@ -23,6 +23,9 @@ class EngineConfig:
     precision: Precision = Precision.bf16
     # Of ZeRO: what is sharded over the processes. 0: nothing, 1: optimizer state, 2: gradients, 3: weights, too.
     stage: int = 1
+    # So many samples of each process go through the networks at once, and gradients add up: less memory, the same step.
+    # Only for losses that are means over samples. 0 takes all.
+    micro_batch: int = 0
     # Report gradient norms of single layers; one more pass over the gradients.
     layer_norms: bool = False
     # So many steps in a row whose loss or gradient is not finite end the run.
@@ -37,7 +40,9 @@ class EngineConfig:
             )
         if self.max_skipped < 1:
             raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
-        _check_free("engine.deepspeed", self.deepspeed, _own_options(self, 1, 0.0))
+        if self.micro_batch < 0:
+            raise ValueError(f"engine.micro_batch must be at least 0 samples, got {self.micro_batch}; 0 takes all.")
+        _check_free("engine.deepspeed", self.deepspeed, _own_options(self, max(1, self.micro_batch), 0.0))
 
 
 @dataclass
@@ -67,9 +72,10 @@ def deepspeed_options(engine: EngineConfig, local_batch: int, clip: float) -> di
 
 
 def _own_options(engine: EngineConfig, local_batch: int, clip: float) -> dict[str, Any]:
+    micro_batch = engine.micro_batch or local_batch
     options: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": local_batch,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": local_batch // micro_batch,
         "gradient_clipping": clip,
         "steps_per_print": 10**9,
         "zero_optimization": _zero_options(engine.stage),

@@ -46,7 +46,9 @@ ARROWS: dict[str, set[str]] = {
         "data.recipes",
     },
     "pipeline.interplay": {"pipeline.compression", "pipeline.freezing", "pipeline.schedules"},
+    "pipeline.accumulation": {"pipeline.methods"},
     "pipeline.engine": {
+        "pipeline.accumulation",
         "pipeline.engine_config",
         "pipeline.engine_state",
         "pipeline.gradients",

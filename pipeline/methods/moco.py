@@ -76,6 +76,11 @@ class MoCo(Method):
         self._target = (MomentumEncoder(online),)
         self._pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
 
+    @property
+    def whole_batch(self) -> str:
+        """Return what is of the whole batch."""
+        return "its negatives and its heads' batch statistics are those of the whole batch"
+
     def views(self) -> Sequence[ViewSpec]:
         """Return MoCo-v3's two asymmetric views."""
         return moco_views(self.encoder.config.image_size, self.config.crop_min)

@@ -60,6 +60,11 @@ class SimCLR(Method):
             encoder.patch.requires_grad_(False)
         self.projector = mlp_head(3, encoder.embed_dim, config.hidden_dim, config.out_dim, last_scale=True)
 
+    @property
+    def whole_batch(self) -> str:
+        """Return what is of the whole batch."""
+        return "its negatives and its head's batch statistics are those of the whole batch"
+
     def views(self) -> Sequence[ViewSpec]:
         """Return two views of one distribution."""
         return simclr_views(self.encoder.config.image_size, self.config.crop_min)

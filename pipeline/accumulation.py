@@ -1,0 +1,58 @@
+"""A batch in parts whose gradients add up to its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.methods.base import Batch, Method, StepOutput
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a batch."""
+
+    views: tuple[Tensor, ...]
+    index: Tensor
+
+
+def parts(batch: Batch, size: int) -> list[Batch]:
+    """Return a batch in parts of so many samples; 0 takes all."""
+    if not size:
+        return [batch]
+    number = len(batch.index) // size
+    views = zip(*(view.chunk(number) for view in batch.views), strict=True)
+    return [Part(each, index) for each, index in zip(views, batch.index.chunk(number), strict=True)]
+
+
+def mean(outputs: list[StepOutput]) -> StepOutput:
+    """Return the output of a batch whose parts are equally large."""
+    if len(outputs) == 1:
+        return outputs[0]
+
+    def mean_of(name: str) -> dict[str, Tensor]:
+        each = [getattr(output, name) for output in outputs]
+        return {key: torch.stack([one[key] for one in each]).mean(0) for key in each[0]}
+
+    loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+    return StepOutput(loss, mean_of("metrics"), mean_of("pending"))
+
+
+def check(size: int, local_batch: int, method: Method) -> None:
+    """Refuse parts that would train something else.
+
+    Raises:
+        ValueError: the size does not divide the batch, or the loss is no mean over parts.
+    """
+    if size and local_batch % size:
+        raise ValueError(
+            f"engine.micro_batch must divide the {local_batch} samples that each process takes of a batch, got {size}; "
+            "take a divisor, or 0 for all at once."
+        )
+    if size and size < local_batch and method.whole_batch:
+        raise ValueError(
+            f"engine.micro_batch must be 0 with {type(method).__name__}: {method.whole_batch}, and smaller ones would "
+            f"train something else; got {size}. Take more processes, or engine=zero2 or zero3, for less memory."
+        )
