@@ -12,11 +12,12 @@ from pipeline.engine import Engine
 from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
+from pipeline.optimizer_state import masters
 from pipeline.schedules import StepPlan
 
 MakeMoCo = Callable[..., MoCo]
 MakeBatch = Callable[..., object]
-EVERY = [(stage, precision) for stage in (0, 1, 2) for precision in Precision]
+EVERY = [(stage, precision) for stage in (0, 1, 2, 3) for precision in Precision]
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +42,21 @@ def known(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield masters, moments and counts by the name of their group."""
     optimizer: Any = engine._engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    for group in inner.param_groups:
-        for number, master in enumerate(group["params"]):
-            yield f"{group['name']} {number} master", master.detach().clone()
-            for key, value in inner.state[master].items():
-                yield f"{group['name']} {number} {key}", torch.as_tensor(value).clone()
+    for (name, number), master in masters(optimizer):
+        yield f"{name} {number} master", master.detach().clone()
+        for key, value in inner.state[master].items():
+            yield f"{name} {number} {key}", torch.as_tensor(value).clone()
+
+
+def count_hooks(engine: Engine) -> int:
+    """Count what is called before and after the forward of every module."""
+    modules = list(engine._exposed.modules())
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules)
+
+
+def size_of(parameter: torch.Tensor) -> int:
+    """Return the number of a parameter's elements, gathered or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def tensor_bytes() -> int:
@@ -78,22 +89,25 @@ def test_what_is_frozen_is_let_go_of_and_nothing_piles_up(
     make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, precision: Precision
 ) -> None:
     engine = trained(make_moco, make_batch, stage, precision)
-    hooks = len(engine.method._forward_pre_hooks) + len(engine.method._forward_hooks)
+    hooks = count_hooks(engine)
     live = [tensor_bytes()]
     kept = [engine.optimizer_bytes()]
     for frozen in (1, 2, 3):
         for step in range(2):
             engine.step(make_batch(start=step * 8), plan(frozen))  # type: ignore[arg-type]
-        assert len(engine.method._forward_pre_hooks) + len(engine.method._forward_hooks) == hooks
+        assert count_hooks(engine) == hooks
         live.append(tensor_bytes())
         kept.append(engine.optimizer_bytes())
-    gone = sum(p.numel() for layer in engine.method.layers()[:3] for p in layer if p.ndim and not p.requires_grad)
-    gone -= engine.method.encoder.patch.weight.numel() + engine.method.encoder.patch.bias.numel()  # type: ignore[union-attr, operator]
+    gone = sum(size_of(p) for layer in engine.method.layers()[:3] for p in layer)
+    # MoCo's patch projection never learned.
+    gone -= sum(size_of(p) for p in engine.method.encoder.patch.parameters())
     # Moments, and fp32 masters where the weights are not their own; a few bytes are counts and padding.
     per_weight = 8 if stage == 0 and precision is Precision.fp32 else 12
     shown = 12
     assert kept[0] - kept[-1] == pytest.approx(shown * gone, rel=0.01)
-    assert live[0] - live[-1] > 0.95 * per_weight * gone, (live, gone)
+    # At stage 3 the first rebuild leaves something small behind, once; the first layer has next to nothing that learns.
+    first = 1 if stage == 3 else 0
+    assert live[first] - live[-1] > 0.95 * per_weight * gone, (live, gone)
     if precision is Precision.bf16 and stage == 1:
         # And the fp32 gradients.
         assert live[0] - live[-1] > 0.95 * 16 * gone, (live, gone)
