@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline import optimizer_state
 from pipeline.gradients import TensorNorms
+from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.methods.base import Batch, Method
 from pipeline.optim import (
     HEADS,
@@ -117,18 +118,21 @@ class Engine:
         dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
         method.prepare(device, dtype)
 
-    def step(self, batch: Batch, plan: StepPlan) -> StepResult:
+    def step(self, batch: Batch, plan: StepPlan, heartbeat: Heartbeat = UNWATCHED) -> StepResult:
         """Run one step on this process's part of the global batch.
 
         A step whose loss or gradient is not finite on some process changes nothing on any: neither weights nor
         momentum encoder.
         """
+        heartbeat.enter(Phase.forward)
         self.freeze(plan.frozen_layers)
         for parameter in self._last_layer:
             parameter.requires_grad_(plan.last_layer_rate > 0)
         self._set_rates(plan)
         output = self._engine(batch, plan)
+        heartbeat.enter(Phase.backward)
         self._engine.backward(_nan_gradient_unless_finite(output.loss))
+        heartbeat.enter(Phase.step)
         self._measure_and_clip()
         finite = self._drop_unless_finite()
         self._engine.step()

@@ -25,6 +25,9 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.gradients": set(),
     "pipeline.optimizer_state": set(),
     "pipeline.preemption": set(),
+    "pipeline.heartbeat": set(),
+    "pipeline.peers": {"pipeline.distributed", "pipeline.heartbeat", "pipeline.preemption"},
+    "pipeline.watchdog": {"pipeline.distributed", "pipeline.heartbeat", "pipeline.peers", "pipeline.preemption"},
     "pipeline.losses": {"pipeline.distributed"},
     "pipeline.models": {"pipeline.compression", "pipeline.distributed"},
     "pipeline.schedules": {"pipeline.compression", "pipeline.freezing"},
@@ -40,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.interplay": {"pipeline.compression", "pipeline.freezing", "pipeline.schedules"},
     "pipeline.engine": {
         "pipeline.gradients",
+        "pipeline.heartbeat",
         "pipeline.methods",
         "pipeline.optim",
         "pipeline.optimizer_state",
