@@ -71,7 +71,11 @@ class Peers(NoPeers):
 
     def reports(self) -> list[Report]:
         """Return the last report of every process, in rank order; an empty one of who never reported."""
-        return [self._report(rank) for rank in range(self._world.size)]
+        keys = [f"report/{rank}" for rank in range(self._world.size)]
+        # One question instead of many, but for the time in which some have not reported yet.
+        said: list[bytes] = self._ask(lambda store: store.multi_get(keys) if store.check(keys) else [], [])
+        said = said or [self._get(key) for key in keys]
+        return [Report(**json.loads(text)) if text else Report(rank) for rank, text in enumerate(said)]
 
     def fail(self, failure: Failure) -> Failure:
         """End the run for all, and return why: what was said first counts."""
@@ -81,7 +85,7 @@ class Peers(NoPeers):
 
     def failure(self) -> Failure | None:
         """Return why the run ends, None while it goes on. Without the store it does not go on."""
-        said = self._ask(lambda store: store.get(FAILURE) if store.check([FAILURE]) else b"", b"")
+        said = self._get(FAILURE)
         if self._lost:
             return self._without_main()
         return Failure(**json.loads(said)) if said else None
@@ -96,10 +100,9 @@ class Peers(NoPeers):
                 return
             time.sleep(0.05)
 
-    def _report(self, rank: int) -> Report:
-        key = f"report/{rank}"
-        said = self._ask(lambda store: store.get(key) if store.check([key]) else b"", b"")
-        return Report(**json.loads(said)) if said else Report(rank)
+    def _get(self, key: str) -> bytes:
+        # The store would wait for a key that is not there.
+        return self._ask(lambda store: bytes(store.get(key)) if store.check([key]) else b"", b"")
 
     def _without_main(self) -> Failure:
         # Nobody is left to decide who speaks: one process of each node does.

@@ -123,12 +123,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+# In the order of the steps at which they come.
 MOMENTS = {
     "data set-up": ("data.loader", "Loader", "__init__", "1", TERM),
-    "freeze": ("pipeline.engine", "Engine", "_start", "2", TERM),
-    "probe": ("pipeline.probes.knn", "KNNProbe", "run", "1", TERM),
     "save": ("pipeline.engine", "Engine", "save", "1", SIGNALS),
     "publishing": ("pipeline.checkpoint", "Checkpointer", "_publish", "1", SIGNALS),
+    "freeze": ("pipeline.engine", "Engine", "_start", "2", TERM),
+    "probe": ("pipeline.probes.knn", "KNNProbe", "run", "1", TERM),
 }
 
 

@@ -157,12 +157,14 @@ def test_a_process_that_is_stopped_is_named_by_the_other(start: Start) -> None:
 
 
 def test_a_job_that_was_stopped_as_a_whole_goes_on(start: Start) -> None:
-    job = start(1, at(0, "time.sleep(0.5)"), config=STRICT)
+    # Seven of the twelve seconds it is stopped; five are within what it may take.
+    job = start(1, at(0, "time.sleep(12)"), config="step_seconds=6, step_factor=1")
     job.wait_for("there")
     job.processes[0].send_signal(signal.SIGSTOP)
     time.sleep(7)
     job.processes[0].send_signal(signal.SIGCONT)
-    assert job.end()[0] == [0]
+    codes, said = job.end()
+    assert codes == [0], said
 
 
 @pytest.mark.parametrize("phase", ["probe", "save"])
@@ -217,12 +219,12 @@ def test_a_process_that_is_killed_is_named_once(victim: int, start: Start) -> No
     assert "frame #" not in said[1 - victim]
 
 
-def test_a_signal_while_others_wait_in_a_collective_ends_all_within_the_bound(start: Start) -> None:
+def test_a_signal_inside_a_collective_ends_all_within_the_bound(start: Start) -> None:
     job = start(2, at(1, "time.sleep(1000)"), config="stop_seconds=2")
     job.wait_for("there")
+    time.sleep(1)
     began = time.monotonic()
-    for process in job.processes:
-        process.send_signal(signal.SIGTERM)
+    job.processes[0].send_signal(signal.SIGTERM)
     codes, said = job.end()
     assert codes == [EXIT_HUNG, EXIT_HUNG]
     assert 2 < time.monotonic() - began < 15
