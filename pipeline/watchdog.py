@@ -161,7 +161,7 @@ class Watchdog:
             return None
         said, silent = self._survey(SILENCE)
         rule = self._overdue(time.monotonic())
-        if said is not None or not rule:
+        if said is not None or not rule or self._ending.is_set():
             return said
         here = self._report()
         culprit = silent[0] if silent else _behind(self._peers.reports() or [here])
