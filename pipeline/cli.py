@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Only what Python starts with anyway: from `main` on, Ctrl-C is one sentence, also while the rest is imported.
 import errno
+import faulthandler
 import importlib
 import logging
 import os
@@ -51,12 +52,14 @@ _REMEDIES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 a check failed, 2 a refusal of what was asked, 75 saved and stopped."""
+    """Run one command and exit: 0 done, 1 a failure, 2 a refusal of what was asked, 75 saved and stopped, 76 hung."""
     words = sys.argv[1:] if arguments is None else arguments
     # A job in the background has it ignored, and that stays so.
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible and LEAVES_AT_ONCE.intersection(words[:1]):
         signal.signal(signal.SIGINT, _Interrupt())
+    if words[:1] == ["train"]:
+        _be_ready_for_schedulers()
     try:
         code = dispatch(words)
         sys.stdout.flush()
@@ -66,6 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
         code = UNHEARD
     _leave_in_peace()
     sys.exit(code)
+
+
+def _be_ready_for_schedulers() -> None:
+    from pipeline.preemption import leave_when_asked
+
+    leave_when_asked()
+    # For operators: where all threads are, while the process goes on.
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
 
 
 def _nobody_listens() -> bool:
@@ -120,15 +131,16 @@ def dispatch(arguments: list[str]) -> int:
 def _fail(error: Exception) -> int:
     """Say what can be said in a sentence; raise all else as it was."""
     from data.verify import VerificationError
-    from pipeline.preemption import ProcessFailedError
+    from pipeline.preemption import PeerFailedError, ProcessFailedError
 
     if isinstance(error, VerificationError):
         return _refuse(FAILED, error)
     if isinstance(error, ProcessFailedError):
-        print(f"coldpress: {error}", file=sys.stderr)  # whichever process it is: perhaps no other one knows
-        return FAILED
+        return _say(error.code, error)
+    if isinstance(error, PeerFailedError):
+        return error.code
     if isinstance(error, OSError) and error.errno in _REMEDIES:
-        return _refuse(FAILED, f"{error.filename or 'output'}: {error.strerror}; {_REMEDIES[error.errno]}.")
+        return _say(FAILED, f"{error.filename or 'output'}: {error.strerror}; {_REMEDIES[error.errno]}.")
     raise error
 
 
@@ -151,7 +163,13 @@ def _run(command: str, overrides: list[str]) -> int:
 
 def _refuse(code: int, reason: object) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"coldpress: {reason}", file=sys.stderr)
+        _say(code, reason)
+    return code
+
+
+def _say(code: int, reason: object) -> int:
+    """Say why this process ends, whichever it is: perhaps no other one knows."""
+    print(f"coldpress: {reason}", file=sys.stderr)
     return code
 
 
@@ -184,6 +202,8 @@ def _help(command: str, overrides: list[str]) -> str:
 def _log_to_console() -> None:
     level = logging.INFO if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
+    # PyTorch says it at length, when the store that the processes met in has gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for noisy in ("deepspeed", "DeepSpeed", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -22,6 +22,7 @@ from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
 from pipeline.schedules import BudgetConfig, RateConfig
+from pipeline.watchdog import WatchdogConfig
 
 
 @dataclass
@@ -51,6 +52,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.budget.value < math.inf:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline import accumulation, engine_state, optimizer_state, pieces
 from pipeline.engine_config import EngineConfig, Precision, deepspeed_options
 from pipeline.gradients import TensorNorms
+from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.methods.base import Batch, Method, StepOutput
 from pipeline.models.vit import ViT
 from pipeline.optim import (
@@ -102,17 +103,19 @@ class Engine:
         if config.stage == SHARDED:
             self._shard_followers()
 
-    def step(self, batch: Batch, plan: StepPlan) -> StepResult:
+    def step(self, batch: Batch, plan: StepPlan, heartbeat: Heartbeat = UNWATCHED) -> StepResult:
         """Run one step on this process's part of the global batch.
 
         A step whose loss or gradient is not finite on some process changes nothing on any: neither weights nor
         momentum encoder.
         """
+        heartbeat.enter(Phase.forward)
         self.freeze(plan.frozen_layers)
         for parameter in self._last_layer:
             parameter.requires_grad_(plan.last_layer_rate > 0)
         self._set_rates(plan)
-        output = self._add_gradients(batch, plan)
+        output = self._add_gradients(batch, plan, heartbeat)
+        heartbeat.enter(Phase.step)
         self._measure_and_clip()
         finite = self._drop_unless_finite()
         self._engine.step()
@@ -126,14 +129,16 @@ class Engine:
             self._forget_last_layers_steps()
         return StepResult(output.loss.detach(), output.metrics, applied)
 
-    def _add_gradients(self, batch: Batch, plan: StepPlan) -> StepOutput:
+    def _add_gradients(self, batch: Batch, plan: StepPlan, heartbeat: Heartbeat) -> StepOutput:
         """Run forward and backward on the batch, part by part; DeepSpeed divides by their number."""
         outputs: list[StepOutput] = []
         for part in accumulation.parts(batch, self._config.micro_batch):
             if outputs:
                 # For DeepSpeed every part is a step, of which all but the last do nothing.
                 self._engine.step()
+                heartbeat.enter(Phase.forward)
             outputs.append(StepOutput(*self._engine(part, plan)))
+            heartbeat.enter(Phase.backward)
             self._engine.backward(_nan_gradient_unless_finite(outputs[-1].loss))
         return accumulation.mean(outputs)
 

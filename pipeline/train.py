@@ -18,6 +18,7 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import World
 from pipeline.engine import Engine, StepResult
 from pipeline.freezing import FreezeOut
+from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.interplay import check_waiting, warn_of_early_freezing, whole_from
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
@@ -29,6 +30,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.schedules import Budget, Schedules, StepPlan
 from pipeline.skips import SkippedSteps
 from pipeline.tuning import NoTuning, tuner_for
+from pipeline.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +52,13 @@ class Parts:
 def run(config: TrainConfig, overrides: list[str]) -> int:
     """Train until the budget is spent or somebody asks for the node; return the exit code."""
     world = distributed.start()
-    # Not before: until the processes have met there is nothing to save, and a signal may simply end them.
+    # Not before: until the processes have met there is nothing to save, and a signal simply ends them.
     stop = StopRequest()
+    with Watchdog(config.watchdog, world, stop) as watchdog:
+        return _run(config, overrides, world, stop, watchdog)
+
+
+def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequest, watchdog: Watchdog) -> int:
     directory = distributed.on_main(lambda: RunDirectory(config))
     parts = build(config, world)
     if directory is not None:
@@ -59,15 +66,16 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
     state = parts.checkpointer.restore(parts.engine) or TrainState()
     if directory is not None:
         directory.open(overrides)
+    watchdog.open(config.directory / "heartbeats")
     _announce(config, world, parts, state)
     prewarm(parts.method, _plans_ahead(parts, state), config.batch_size // world.size, world.device)
     try:
-        return train(config, world, stop, parts, state, directory)
+        return train(config, world, stop, parts, state, directory, watchdog.heartbeat)
     except ValueError as error:
         # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
         _say(directory, "failed", state)
         raise ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}") from error
-    except ProcessFailedError:
+    except Exception:
         _say(directory, "failed", state)
         raise
     finally:
@@ -81,6 +89,7 @@ def train(
     parts: Parts,
     state: TrainState,
     directory: RunDirectory | None,
+    heartbeat: Heartbeat = UNWATCHED,
 ) -> int:
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state)
@@ -90,16 +99,19 @@ def train(
 
     batches = parts.loader.batches(start=state.samples)
     while not finished:
+        heartbeat.begin(state.step)
         batch = next(batches)
+        heartbeat.enter(Phase.tune)
         plan = parts.tuner.plan(parts.schedules.at(_progress(parts.budget, state)), state)
         meter.tuned(parts.tuner.tune(batch, plan, state))
-        result = parts.engine.step(batch, plan)
+        result = parts.engine.step(batch, plan, heartbeat)
         cost = parts.method.sample_cost(plan)
         state.advance(config.batch_size, cost)
         meter.count(plan, result, cost, parts.loader.wait_seconds)
         skips.watch(state.step, result, batch)
         progress = _progress(parts.budget, state)
         finished = progress >= 1
+        heartbeat.finish(state.step)
 
         if state.step % config.log_every == 0 or finished:
             sinks.write(state.step, _metrics(parts, meter, state, plan, result))
@@ -113,17 +125,21 @@ def train(
         _report(sinks, state, parts.checkpointer.settle(*written))
         accuracy = None
         if probing:
+            heartbeat.enter(Phase.probe)
             with meter.paused():
                 accuracy = parts.probe.run(parts.method.representation, world, meter.elapsed)
                 sinks.write(state.step, {"knn_top1_ratio": accuracy})
         if saving or stopping or finished or (probing and config.checkpoint.keep_best):
+            heartbeat.enter(Phase.save)
             with meter.paused():
                 _report(sinks, state, parts.checkpointer.save(parts.engine, state, progress, accuracy))
             _say(directory, "running", state)
         if stopping:
             break
 
+    heartbeat.enter(Phase.save)
     _report(sinks, state, parts.checkpointer.finish())
+    heartbeat.enter(Phase.end)
     sinks.close()
     if parts.checkpointer.failure:
         raise ProcessFailedError(f"step {state.step} could not be saved: {parts.checkpointer.failure}")

@@ -6,6 +6,8 @@ set -uo pipefail
 
 # What coldpress exits with when it was asked to leave and has saved.
 readonly EXIT_STOPPED=75
+# What it exits with when it hung, or when another of its processes was lost.
+readonly EXIT_HUNG=76
 # From here on, the shell's codes for "killed by a signal": a lost node, no memory.
 readonly EXIT_KILLED=128
 # So many lives in a row may end without a new checkpoint.
@@ -74,10 +76,10 @@ run_tasks() {
 }
 
 # Return whether the job should run again after its tasks ended with code $1: they saved because they were
-# asked to, or were killed, and it was not the user who asked.
+# asked to, hung, or were killed, and it was not the user who asked.
 wants_requeue() {
     local code=$1
-    ((code == EXIT_STOPPED || code >= EXIT_KILLED)) || return 1
+    ((code == EXIT_STOPPED || code == EXIT_HUNG || code >= EXIT_KILLED)) || return 1
     [[ -z $cancelled && $(squeue --noheader --job "$SLURM_JOB_ID" --format %T) == RUNNING ]]
 }
 

@@ -119,8 +119,8 @@ def test_single_task_scripts_hand_everything_on(command, desk, tmp_path):
     assert task["argv"] == [command, "source=/a b"]
 
 
-@pytest.mark.parametrize("ending", ["exit 75", "kill -KILL $$"])
-def test_a_saved_or_killed_run_comes_back_until_it_is_done(ending, desk):
+@pytest.mark.parametrize("ending", ["exit 75", "exit 76", "kill -KILL $$"])
+def test_a_saved_hung_or_killed_run_comes_back_until_it_is_done(ending, desk):
     job = desk.train(f"[[ -n ${{SLURM_RESTART_COUNT:-}} ]] && exit 0\n{ADVANCE}{ending}")
     ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), desk.log.read_text()
@@ -135,10 +135,11 @@ def test_the_first_task_to_leave_does_not_take_the_others_along(desk):
     assert "tasks ended with 75\n" in text
 
 
-def test_a_run_without_progress_is_given_up(desk):
-    job = desk.train("exit 75")
+@pytest.mark.parametrize("code", [75, 76])
+def test_a_run_without_progress_is_given_up(code, desk):
+    job = desk.train(f"exit {code}")
     ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
-    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "2")
+    assert (ended["ExitCode"], ended["Restarts"]) == (f"{code}:0", "2")
     assert "not requeued: 3 lives in a row without a new checkpoint" in desk.log.read_text()
 
 
@@ -172,10 +173,11 @@ def test_a_job_that_its_user_cancels_saves_and_stays_away(desk):
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_a_refusal_is_final(desk):
-    job = desk.train("echo 'coldpress: no such key' >&2; exit 2")
+@pytest.mark.parametrize("code", [1, 2, 77])
+def test_a_refusal_or_error_is_final(code, desk):
+    job = desk.train(f"echo 'coldpress: no such key' >&2; exit {code}")
     ended = desk.slurm.wait(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
 
 
 def test_overwrite_is_refused_because_a_requeue_would_repeat_it(desk, tmp_path):
