@@ -108,6 +108,9 @@ def _zero_options(stage: int) -> dict[str, Any]:
     if stage == 3:
         options |= {
             "stage3_prefetch_bucket_size": 20_000_000,
+            # Weights that may stay gathered, or because they are used again soon. By default 1e9, all of a ViT.
+            "stage3_max_live_parameters": 40_000_000,
+            "stage3_max_reuse_distance": 20_000_000,
             # Above 0 small tensors stay gathered, out of reach of what is written to a momentum encoder's shards, and
             # are gathered one by one at each step.
             "stage3_param_persistence_threshold": 0,
@@ -122,6 +125,8 @@ _TUNABLE = {
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size",
     "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
     "steps_per_print",
 }
 # What coldpress decides by keys of its own, or does itself.

@@ -105,9 +105,9 @@ def test_what_is_frozen_is_let_go_of_and_nothing_piles_up(
     per_weight = 8 if stage == 0 and precision is Precision.fp32 else 12
     shown = 12
     assert kept[0] - kept[-1] == pytest.approx(shown * gone, rel=0.01)
-    # At stage 3 a batch of an earlier step or two is still about.
+    # At stage 3 a batch of an earlier step or two is still about, and so few weights stay gathered between uses.
     batch = sum(view.numel() * view.element_size() for view in make_batch().views)  # type: ignore[attr-defined]
-    slack = 2 * batch if stage == 3 else 0
+    slack = 2 * batch + 4 * gone if stage == 3 else 0
     assert live[0] - live[-1] > 0.95 * per_weight * gone - slack, (live, gone)
     if precision is Precision.bf16 and stage == 1:
         # And the fp32 gradients.
