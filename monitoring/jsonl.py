@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from monitoring.metrics import check
+
+log = logging.getLogger(__name__)
 
 
 class JsonlSink:
@@ -20,6 +23,7 @@ class JsonlSink:
         if path.exists():
             _truncate(path, resume_step)
         self._file = path.open("a")
+        self._failed = False
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; numbers that JSON does not know (nan, inf) become null."""
@@ -27,11 +31,24 @@ class JsonlSink:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({**finite, "step": step, "time": time.time()}, allow_nan=False) + "\n")
         # A killed process loses nothing that has left it.
-        self._file.flush()
+        self._flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._flush()
+        if not self._failed:
+            self._file.close()
+
+    def _flush(self) -> None:
+        """Write what there is; on a full disk it waits for the next time, and training goes on."""
+        failed = False
+        try:
+            self._file.flush()
+        except OSError as error:
+            failed = True
+            if not self._failed:
+                log.warning("%s: %s; its lines wait until there is room", self._file.name, error.strerror)
+        self._failed = failed
 
 
 def _truncate(path: Path, resume_step: int) -> None:

@@ -81,7 +81,9 @@ _METRICS = (
     _gauge("frozen_layers", "Layers, counted from the input, that no longer learn."),
     _gauge("optimizer_bytes", "Master weights and moments that this process keeps; less as layers freeze."),
     # What survives.
-    _gauge("checkpoint_seconds", "Time from the last checkpoint's copy until it was durable; training went on."),
+    _gauge(
+        "checkpoint_seconds", "Time until the last checkpoint was durable and the next step noticed; training went on."
+    ),
     _gauge("checkpoint_stall_seconds", "Time that training waited for the last checkpoint."),
     _gauge("checkpoint_bytes", "Size of the last checkpoint."),
     _gauge("last_checkpoint_timestamp_seconds", "Unix time of the last checkpoint."),

@@ -17,6 +17,7 @@ from pipeline.checkpoint_files import (
     checkpoints,
     clear_leftovers,
     content_of,
+    name_latest,
     name_of,
     newest_valid,
     progress_of,
@@ -25,7 +26,7 @@ from pipeline.checkpoint_files import (
     set_aside,
     step_of,
 )
-from pipeline.distributed import any_rank, from_main, on_main, rank, sum_over_ranks
+from pipeline.distributed import any_rank, first_text, from_main, on_main, rank, sum_over_ranks, world_size
 from pipeline.engine import Engine, file_name
 from pipeline.pieces import HostCopies
 
@@ -92,8 +93,8 @@ class Background:
     def __init__(self, action: Callable[[], None]) -> None:
         self.failure = ""
         self._action = action
-        # Not a daemon: a process that ends finishes what it has begun to write.
-        self._thread = Thread(target=self._run, name="checkpoint")
+        # A daemon: an error elsewhere ends the process without waiting for a disk that may hang.
+        self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
@@ -168,7 +169,7 @@ class Checkpointer:
         self._last_save, self._saved_progress = began, progress
         self.failure = from_main(self._prepare(final, num_bytes) if rank() == 0 else "")
         if self.failure:
-            return metrics | self._count_failure(final, known_here=rank() == 0)
+            return metrics | self._count_failure(final)
         content = {"state": asdict(state), "progress": progress, "score": score, "identity": self.identity}
         path = final.with_name(TEMPORARY + final.name) / file_name(rank())
         copies, facts = self._copies.copy(mine), engine.facts()
@@ -201,8 +202,10 @@ class Checkpointer:
             return {}
         self._save = None
         if failed:
-            self.failure = save.work.failure or "another process could not write its part"
-            return self._count_failure(save.final, known_here=bool(save.work.failure))
+            self.failure = first_text(save.work.failure)
+            if rank() == 0:
+                _try(lambda: clear_leftovers(self.directory))
+            return self._count_failure(save.final)
         self._saves += 1
         return {
             "checkpoint_seconds": time.monotonic() - save.began,
@@ -252,8 +255,9 @@ class Checkpointer:
         return ""
 
     def _publish(self, save: Save) -> None:
-        publish(save.temporary, save.final, save.content)
-        # It is saved by now, whatever becomes of the others.
+        publish(save.temporary, save.final, map(file_name, range(world_size())), save.content)
+        # It is saved by now, whatever becomes of the rest.
+        _try(lambda: name_latest(save.final))
         _try(lambda: self._prune(save.final))
         _try(lambda: clear_leftovers(self.directory))
 
@@ -272,9 +276,9 @@ class Checkpointer:
         for other in set(there) - set(kept):
             shutil.rmtree(other)
 
-    def _count_failure(self, final: Path, *, known_here: bool) -> dict[str, float]:
+    def _count_failure(self, final: Path) -> dict[str, float]:
         self._failures += 1
-        if known_here:
+        if rank() == 0:
             log.error("checkpoint %s could not be saved: %s; the one before stays the newest.", final, self.failure)
         return {"checkpoint_failures_total": self._failures}
 

@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def checkpoints(directory: Path) -> list[Path]:
     """Return every published checkpoint below a directory, oldest first, valid or not."""
-    return sorted(directory.glob(f"{PREFIX}*"))
+    return sorted(c for c in directory.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", c.name))
 
 
 def name_of(step: int) -> str:
@@ -86,17 +88,24 @@ def set_aside(directory: Path, newest: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None when nothing is."""
+    """Return what is wrong with a checkpoint, None when nothing is.
+
+    Raises:
+        ValueError: it cannot be read today, which says nothing of what is in it.
+    """
     try:
         listing = json.loads((checkpoint / MANIFEST_NAME).read_text())
-        strangers = {path.name for path in checkpoint.iterdir()} - listing.keys() - {MANIFEST_NAME}
-        if strangers:
+        # A network file system leaves .nfs files where somebody still has open what was deleted.
+        there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".nfs")}
+        if strangers := there - listing.keys() - {MANIFEST_NAME}:
             return f"{min(strangers)} is not listed"
         for name, expected in listing.items():
             if describe(checkpoint / name) != expected:
                 return f"{name} changed"
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return str(error)
+    except OSError as error:
+        raise ValueError(f"{checkpoint} cannot be read ({error}); mend the file system, then try again.") from error
     return None
 
 
@@ -112,11 +121,13 @@ def seal(path: Path) -> None:
     write(path.with_name(path.name + _LISTING), json.dumps(describe(path)))
 
 
-def publish(temporary: Path, final: Path, content: dict[str, Any]) -> None:
-    """Make a checkpoint of a directory of sealed files, durable and whole or not there at all."""
+def publish(temporary: Path, final: Path, names: Iterable[str], content: dict[str, Any]) -> None:
+    """Make a checkpoint of sealed files of these names, durable and whole or not there at all."""
     listing = {}
-    for note in sorted(temporary.glob(f"*{_LISTING}")):
-        listing[note.name.removesuffix(_LISTING)] = json.loads(note.read_text())
+    # Asked for by name: what a network file system lists of a directory may be old.
+    for name in names:
+        note = temporary / (name + _LISTING)
+        listing[name] = json.loads(note.read_text())
         note.unlink()
     write(temporary / STATE_NAME, json.dumps(content, indent=1))
     listing[STATE_NAME] = describe(temporary / STATE_NAME)
@@ -127,6 +138,10 @@ def publish(temporary: Path, final: Path, content: dict[str, Any]) -> None:
         final.rename(temporary.with_name(f"{TEMPORARY}old-{final.name}"))
     temporary.rename(final)
     sync(final.parent)
+
+
+def name_latest(final: Path) -> None:
+    """Write down which checkpoint is the newest, for people; a resume looks for itself."""
     latest = final.with_name(LATEST_NAME)
     write(latest.with_suffix(".tmp"), final.name)
     os.replace(latest.with_suffix(".tmp"), latest)

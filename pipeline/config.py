@@ -15,7 +15,7 @@ from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.compression.base import check_divides
-from pipeline.engine_config import EngineConfig, Zero0, Zero2, Zero3
+from pipeline.engine_config import SHARDED, EngineConfig, Zero0, Zero2, Zero3
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
@@ -72,6 +72,20 @@ class TrainConfig:
             raise ValueError(f"run must be a plain name without slashes, got {self.run!r}; use runs=DIR for the place.")
         for path, cell in self.compression.cells().items():
             cell.check_fits(path, self.model.image_size, self.model.patch_size)
+        if self.engine.stage == SHARDED:
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        if isinstance(self.compression, Adaptive):
+            raise ValueError(
+                "compression=adaptive measures on whole weights, of which engine=zero3 leaves each process a part; "
+                "take engine=zero2, or compression=staged."
+            )
+        if self.model.compile:
+            raise ValueError(
+                "model.compile must be false with engine=zero3, whose gathers break every graph; take engine=zero2, "
+                "or leave model.compile out."
+            )
 
     @property
     def directory(self) -> Path:

@@ -173,6 +173,15 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def first_text(text: str) -> str:
+    """Return the text of the first process that has one. All processes must call this together."""
+    if world_size() == 1:
+        return text
+    texts = [""] * world_size()
+    dist.all_gather_object(texts, text)
+    return next(filter(None, texts), "")
+
+
 def on_main(action: Callable[[], T]) -> T | None:
     """Run an action on rank 0 alone and return its result there, None elsewhere.
 

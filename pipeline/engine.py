@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import accumulation, engine_state, optimizer_state, pieces
-from pipeline.engine_config import EngineConfig, Precision, deepspeed_options
+from pipeline.engine_config import SHARDED, EngineConfig, Precision, deepspeed_options, merged
 from pipeline.gradients import TensorNorms
 from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.methods.base import Batch, Method, StepOutput
@@ -51,8 +51,6 @@ deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 FROZEN = "frozen_layers"
-# The stage of ZeRO at which each process has only a part of the weights.
-SHARDED = 3
 log = logging.getLogger(__name__)
 
 
@@ -221,6 +219,8 @@ class Engine:
         # The optimizer that saved had no place for what was frozen.
         self.freeze(reader.facts[FROZEN])
         engine_state.load(self.method, self._engine.optimizer, reader, dist.get_rank())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def _start(self) -> None:
         """Let DeepSpeed take over what learns."""
@@ -247,8 +247,10 @@ class Engine:
 
     def _shard_followers(self) -> None:
         """Cut the momentum encoders as the networks that they follow are cut."""
+        # Gathers of their own stream would not wait for the update that is written on the usual one.
+        options = merged(self._options(), {"zero_optimization": {"overlap_comm": False}})
         for follower in self.method.momentum_encoders():
-            deepspeed.initialize(model=follower.root, config=self._options(), dist_init_required=False)
+            deepspeed.initialize(model=follower.root, config=options, dist_init_required=False)
             _register_loose(follower.root)
             follower.shard(dist.get_rank())
 

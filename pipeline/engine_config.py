@@ -7,6 +7,8 @@ from enum import Enum
 from typing import Any
 
 STAGES = (0, 1, 2, 3)
+# The stage at which each process has only a part of the weights.
+SHARDED = 3
 
 
 class Precision(Enum):
@@ -42,6 +44,11 @@ class EngineConfig:
             raise ValueError(f"engine.max_skipped must be at least 1 step, got {self.max_skipped}; 10 is usual.")
         if self.micro_batch < 0:
             raise ValueError(f"engine.micro_batch must be at least 0 samples, got {self.micro_batch}; 0 takes all.")
+        if self.micro_batch and self.stage == 0 and self.precision is Precision.bf16:
+            raise ValueError(
+                f"engine.micro_batch={self.micro_batch} would add gradients up in bf16 at engine=zero0, "
+                "which loses small ones; take engine=zero1, or engine.precision=fp32."
+            )
         _check_free("engine.deepspeed", self.deepspeed, _own_options(self, max(1, self.micro_batch), 0.0))
 
 
@@ -105,7 +112,7 @@ def _zero_options(stage: int) -> dict[str, Any]:
         "reduce_bucket_size": 20_000_000,
         "allgather_bucket_size": 200_000_000,
     }
-    if stage == 3:
+    if stage == SHARDED:
         options |= {
             "stage3_prefetch_bucket_size": 20_000_000,
             # Weights that may stay gathered, or because they are used again soon. By default 1e9, all of a ViT.
@@ -143,6 +150,19 @@ _OURS = {
     "data_efficiency": "compression",
     "curriculum_learning": "compression",
 }
+# What keeps weights or gradients where momentum encoders, norms and checkpoints do not look for them.
+_UNSUPPORTED = {
+    f"zero_optimization.{name}"
+    for name in (
+        "offload_param",
+        "offload_optimizer",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "mics_shard_size",
+    )
+}
 
 
 def _check_free(path: str, given: dict[str, Any], ours: dict[str, Any], inside: str = "") -> None:
@@ -151,6 +171,10 @@ def _check_free(path: str, given: dict[str, Any], ours: dict[str, Any], inside: 
         name = f"{inside}{key}"
         if name in _OURS:
             raise ValueError(f"{path}.{name} is decided by {_OURS[name]} in coldpress; take it out.")
+        if name in _UNSUPPORTED:
+            raise ValueError(
+                f"{path}.{name} does not go with coldpress's checkpoints and momentum encoders; take it out."
+            )
         if name not in _TUNABLE and key in ours:
             if isinstance(value, dict) and isinstance(ours[key], dict):
                 _check_free(path, value, ours[key], f"{name}.")

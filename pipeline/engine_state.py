@@ -96,12 +96,15 @@ def _load_optimizer(method: Method, optimizer: Any, reader: Reader, rank: int) -
     moments.clear()
     for each in optimizer_state.fragments(optimizer, rank):
         name = names[each.parameter]
+        reader.check(MASTER + name, _shape(each.parameter))
         each.of(each.master).copy_(_stretch(reader, MASTER + name, each))
         for key in _moment_keys(reader, name) if each.group in saved_steps else ():
             state = moments[each.master]
             # A step of its own for each master: a shared one would be counted once for every group.
-            state.setdefault("step", torch.tensor(saved_steps[each.group], dtype=torch.float32))
-            state.setdefault(key, torch.zeros_like(each.master))
+            if "step" not in state:
+                state["step"] = torch.tensor(saved_steps[each.group], dtype=torch.float32)
+            if key not in state:
+                state[key] = torch.zeros_like(each.master)
             each.of(state[key]).copy_(_stretch(reader, f"{key}/{name}", each))
 
 
@@ -115,6 +118,7 @@ def _stretch(reader: Reader, name: str, fragment: Fragment) -> Tensor:
 
 def _fill(target: Tensor, parameter: nn.Parameter | None, reader: Reader, name: str, rank: int) -> None:
     """Restore a tensor that is cut as a parameter is, or not cut without one."""
+    reader.check(name, tuple(target.shape) if not _is_cut(parameter) else _shape(parameter))
     start, count = place_of_shard(parameter, rank) if _is_cut(parameter) else (0, target.numel())
     target.reshape(-1)[:count].copy_(reader.read(name, start, start + count))
 

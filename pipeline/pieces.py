@@ -111,9 +111,16 @@ class Reader:
         """Return the names of all tensors."""
         return set(self._shapes)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a whole tensor."""
-        return self._shapes[name]
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that is not there, or of another shape.
+
+        Raises:
+            ValueError: so it is.
+        """
+        saved = self._shapes.get(name)
+        if saved != shape:
+            found = "does not have it" if saved is None else f"has {list(saved)}"
+            raise ValueError(f"{self._directory} should have {name} of shape {list(shape)} and {found}.")
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor as it was before it was cut.
@@ -121,6 +128,8 @@ class Reader:
         Raises:
             ValueError: some of it is in none of the files.
         """
+        if name not in self._shapes:
+            raise ValueError(f"{self._directory} lacks {name}; it is of another model or method.")
         shape = self._shapes[name]
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
@@ -140,7 +149,6 @@ class Reader:
             raise ValueError(
                 f"{self._directory} lacks elements {reached} to {stop} of {name}; take another checkpoint."
             )
-        # Of no elements only the type is asked: that of the first piece there is.
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _open(self, path: Path) -> None:
@@ -148,7 +156,8 @@ class Reader:
             file: Any = safe_open(path, framework="pt")
             metadata = file.metadata()
             self._shapes |= {name: tuple(shape) for name, shape in json.loads(metadata[_SHAPES]).items()}
-            self.facts |= json.loads(metadata[_FACTS])
+            # The first process always holds something; the last may hold padding only, and know less.
+            self.facts = json.loads(metadata[_FACTS]) | self.facts
         # Of a damaged header safetensors raises an exception of its own, and this one of another's metadata.
         except Exception as error:
             raise ValueError(f"{path} cannot be read ({error}); take another checkpoint.") from error

@@ -29,6 +29,8 @@ PACKAGES = (
     "prometheus-client",
 )
 
+log = logging.getLogger(__name__)
+
 
 class RunDirectory:
     """The files of one run; only the main process may construct one."""
@@ -61,8 +63,12 @@ class RunDirectory:
         """Say what the run is doing: running, stopped or finished."""
         content = json.dumps({"state": state, "step": step, "time": time.time()})
         temporary = self.path / f".{STATUS_NAME}.tmp"
-        temporary.write_text(content)
-        os.replace(temporary, self.path / STATUS_NAME)
+        try:
+            temporary.write_text(content)
+            os.replace(temporary, self.path / STATUS_NAME)
+        except OSError as error:
+            # On a full disk there are worse things to say.
+            log.warning("%s: %s; it says what was before", self.path / STATUS_NAME, error.strerror)
 
     def _check(self) -> None:
         if not self.path.exists() or not any(self.path.iterdir()):

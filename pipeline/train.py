@@ -116,13 +116,14 @@ def train(
         if state.step % config.log_every == 0 or finished:
             sinks.write(state.step, _metrics(parts, meter, state, plan, result))
 
-        probing, saving, stopping, *written = distributed.any_rank(
+        # A save is written beside the training: first by all processes, then published by the main one.
+        probing, saving, stopping, save_busy, save_failed = distributed.any_rank(
             world.is_main and parts.probe.due(meter.elapsed, meter.seconds_per_sample),
             world.is_main and parts.checkpointer.due(state, progress),
             stop.requested,
             *parts.checkpointer.pending(),
         )
-        _report(sinks, state, parts.checkpointer.settle(*written))
+        _report(sinks, state, parts.checkpointer.settle(save_busy, save_failed))
         accuracy = None
         if probing:
             heartbeat.enter(Phase.probe)

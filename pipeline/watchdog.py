@@ -17,7 +17,14 @@ from types import TracebackType
 from pipeline.distributed import World
 from pipeline.heartbeat import Heartbeat, HeartbeatFile, Phase, Report, in_collective
 from pipeline.peers import Failure, peers_of
-from pipeline.preemption import EXIT_HUNG, EXIT_INTERRUPTED, PeerFailedError, ProcessFailedError, StopRequest
+from pipeline.preemption import (
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    PeerFailedError,
+    ProcessFailedError,
+    StopRequest,
+)
 
 LONG = (Phase.start, Phase.probe, Phase.save, Phase.end)
 TICK = 1.0
@@ -135,7 +142,7 @@ class Watchdog:
             self._awake = now if now - before > PATIENCE else self._awake
             before = now
             self._peers.publish(self._report())
-            failure = self._peers.failure() or self._hang()
+            failure = self._peers.failure() or self._leave_the_start() or self._hang()
             if failure is not None:
                 self._follow(failure)
 
@@ -151,9 +158,17 @@ class Watchdog:
             return f"a phase may last {allowed:.3g} s there; raise watchdog.{key} if it needs more"
         # A save is where the loop was to come to, or will not be long.
         limit = self._config.stop_seconds
-        if place.phase not in (Phase.save, Phase.end) and now - max(self._stop.since, self._awake) > limit:
+        if place.phase not in (Phase.start, Phase.save, Phase.end) and now - max(self._stop.since, self._awake) > limit:
             return f"the run was asked to leave, and has watchdog.stop_seconds={limit:.3g} to end a step"
         return ""
+
+    def _leave_the_start(self) -> Failure | None:
+        """Return why to leave where a signal came long before the first step: there is nothing to save."""
+        waited = time.monotonic() - max(self._stop.since, self._awake)
+        if self.heartbeat.place.phase is not Phase.start or waited < self._config.stop_seconds:
+            return None
+        text = "asked to leave before the first step: there is nothing to save"
+        return self._peers.fail(Failure(self._rank, EXIT_STOPPED, text, by=self._rank))
 
     def _hang(self) -> Failure | None:
         """Return what this process hangs in, or waits for, if it has not moved for too long."""

@@ -57,3 +57,32 @@ def test_names_outside_the_catalogue_are_refused(tmp_path):
         sink.write(1, {"accuracy": 1.0})
     sink.close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_on_a_full_disk_lines_wait_and_one_sentence_says_so(tmp_path, monkeypatch, caplog):
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resume_step=0)
+    real = sink._file
+
+    class Full:
+        name = real.name
+        room = False
+
+        def write(self, text):
+            return real.write(text)
+
+        def flush(self):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            real.flush()
+
+        def close(self):
+            real.close()
+
+    sink._file = Full()
+    for step in (1, 2, 3):
+        sink.write(step, {"loss": 0.5})
+    assert caplog.text.count("No space left on device; its lines wait until there is room") == 1
+    Full.room = True
+    sink.write(4, {"loss": 0.5})
+    sink.close()
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -11,7 +11,16 @@ import torch
 
 from pipeline import distributed
 from pipeline.checkpoint import CheckpointConfig, Checkpointer, TrainState
-from pipeline.checkpoint_files import checkpoints, describe, find_damage, newest_valid, progress_of, seal, step_of
+from pipeline.checkpoint_files import (
+    checkpoints,
+    describe,
+    find_damage,
+    newest_valid,
+    progress_of,
+    publish,
+    seal,
+    step_of,
+)
 from pipeline.engine import Engine
 from pipeline.engine_config import EngineConfig, Precision
 from pipeline.methods.moco import MoCo
@@ -199,6 +208,39 @@ def test_a_save_that_fails_on_its_way_costs_itself_only(
     save(keeper, engine, TrainState(5), 0.5)
     assert newest_valid(saved) == saved / "step_00000005"
     assert not list(saved.glob(".tmp*"))
+
+
+def test_nothing_is_published_of_which_a_part_is_not_to_be_seen(saved: Path) -> None:
+    temporary = saved / ".tmp-step_00000004"
+    temporary.mkdir()
+    (temporary / "rank_00000.safetensors").write_bytes(b"one of two")
+    seal(temporary / "rank_00000.safetensors")
+    names = ["rank_00000.safetensors", "rank_00001.safetensors"]
+    with pytest.raises(FileNotFoundError, match="rank_00001"):
+        publish(temporary, saved / "step_00000004", names, {})
+    assert not (saved / "step_00000004").exists()
+
+
+def test_what_users_put_beside_the_checkpoints_stays(saved: Path, make_moco: Callable[..., MoCo]) -> None:
+    (saved / "step_00000002-mine").mkdir()
+    (saved / "step_00000002" / ".nfs0001").touch()
+    engine, keeper = engine_for(make_moco()), checkpointer(saved, keep_last=1, every_steps=2, keep_every_steps=2)
+    keeper.restore(engine)
+    assert save(keeper, engine, TrainState(5), 0.5)["checkpoints_total"] == 1
+    assert sorted(p.name for p in saved.glob("step_*")) == ["step_00000002", "step_00000002-mine", "step_00000005"]
+    assert find_damage(saved / "step_00000002") is None
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(
+    saved: Path, make_moco: Callable[..., MoCo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pipeline.checkpoint_files.describe", fail)
+    with pytest.raises(ValueError, match=r"step_00000003 cannot be read .* mend the file system, then try again"):
+        checkpointer(saved).restore(engine_for(make_moco()))
+    assert not list(saved.glob("damaged-*"))
 
 
 def test_the_best_and_every_so_many_are_kept_for_good(tmp_path: Path, make_moco: Callable[..., MoCo]) -> None:

@@ -35,6 +35,7 @@ def test_options_are_passed_through_at_any_depth() -> None:
         ({"gradient_clipping": 1.0}, r"deepspeed\.gradient_clipping is set by coldpress"),
         ({"fp16": {"enabled": True}}, r"deepspeed\.fp16 is decided by engine\.precision in coldpress; take it out"),
         ({"optimizer": {"type": "Lamb"}}, r"deepspeed\.optimizer is decided by optim in coldpress; take it out"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"offload_param does not go with coldpress's"),
         ({"bf16": {"enabled": False}}, r"deepspeed\.bf16\.enabled is set by coldpress"),
     ],
 )
@@ -53,3 +54,20 @@ def test_merging_changes_neither() -> None:
     first, second = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "e": {"f": 4}}
     assert merged(first, second) == {"a": {"b": 1, "d": 3}, "c": 2, "e": {"f": 4}}
     assert (first, second) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "e": {"f": 4}})
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["compression=adaptive", "budget.unit=cost"],
+            r"compression=adaptive measures on whole weights, of which engine=z",
+        ),
+        (["model.compile=true"], r"model\.compile must be false with engine=zero3"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_they_are_sharded(words: list[str], sentence: str) -> None:
+    words = ["run=x", "data.shards=y", "budget.value=1", *words]
+    load("train", [*words, "engine=zero2"])
+    with pytest.raises(ValueError, match=sentence):
+        load("train", [*words, "engine=zero3"])

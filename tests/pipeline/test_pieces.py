@@ -53,6 +53,21 @@ def test_what_is_in_no_file_is_named(tmp_path: Path) -> None:
         Reader(tmp_path).whole("weight")
 
 
+def test_what_the_first_process_knows_counts(tmp_path: Path) -> None:
+    for rank, steps in enumerate([{"heads": 5.0, "layer00": 5.0}, {"heads": 1.0}]):
+        write(tmp_path / f"rank_{rank}.safetensors", [Piece(f"w{rank}", (1,), 0, torch.zeros(1))], {"steps": steps})
+    assert Reader(tmp_path).facts["steps"] == {"heads": 5.0, "layer00": 5.0}
+
+
+def test_another_shape_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "rank_0.safetensors", [Piece.whole("weight", torch.zeros(4, 2))], {})
+    Reader(tmp_path).check("weight", (4, 2))
+    with pytest.raises(ValueError, match=r"should have weight of shape \[2, 4\] and has \[4, 2\]"):
+        Reader(tmp_path).check("weight", (2, 4))
+    with pytest.raises(ValueError, match=r"should have bias of shape \[2\] and does not have it"):
+        Reader(tmp_path).check("bias", (2,))
+
+
 def test_a_directory_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no tensors .* it is no checkpoint of this version"):
         Reader(tmp_path)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.heartbeat import RECENT_STEPS, UNWATCHED, Heartbeat, Phase, Report
-from pipeline.preemption import EXIT_HUNG
+from pipeline.preemption import EXIT_HUNG, EXIT_STOPPED
 from pipeline.watchdog import LONG, WatchdogConfig, _behind
 
 REPOSITORY = Path(__file__).parents[2]
@@ -231,6 +231,17 @@ def test_a_signal_inside_a_collective_ends_all_within_the_bound(start: Start) ->
     for words in said:
         assert "process 1 (pid" in words
         assert "the run was asked to leave, and has watchdog.stop_seconds=2" in words
+
+
+def test_a_signal_in_a_long_start_is_no_hang(start: Start) -> None:
+    job = start(2, "heartbeat.enter(Phase.start)\n" + at(1, "time.sleep(1000)"), config="stop_seconds=2")
+    job.wait_for("there")
+    for process in job.processes:
+        process.send_signal(signal.SIGTERM)
+    codes, said = job.end()
+    assert codes == [EXIT_STOPPED, EXIT_STOPPED], said
+    assert "\n".join(said).count("asked to leave before the first step: there is nothing to save") == 1
+    assert "hangs" not in "\n".join(said)
 
 
 def test_a_second_ctrl_c_leaves_a_collective(start: Start) -> None:
