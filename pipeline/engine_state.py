@@ -65,8 +65,7 @@ def load(method: Method, optimizer: Any, reader: Reader, rank: int) -> None:
     """
     _load_optimizer(method, optimizer, reader, rank)
     for name, parameter in method.named_parameters():
-        saved = WEIGHT + name if WEIGHT + name in reader.names else MASTER + name
-        _fill(local(parameter), parameter, reader, saved, rank)
+        _fill(local(parameter), parameter, reader, _saved_name(reader, name), rank)
     for name, buffer in _buffers(method):
         buffer.copy_(reader.whole(BUFFER + name))
     followers, state = _followers(method), {}
@@ -82,12 +81,17 @@ def load_networks(method: Method, reader: Reader) -> None:
     Raises:
         ValueError: the files lack something.
     """
-    weights = {
-        name: reader.whole(WEIGHT + name if WEIGHT + name in reader.names else MASTER + name)
-        for name, _ in method.named_parameters()
-    }
-    method.load_state_dict(weights | {name: reader.whole(BUFFER + name) for name, _ in _buffers(method)})
+    # One by one: what two modules share has one name here and two in a state dict.
+    for name, parameter in method.named_parameters():
+        _fill(parameter.detach(), None, reader, _saved_name(reader, name), rank=0)
+    for name, buffer in _buffers(method):
+        buffer.copy_(reader.whole(BUFFER + name))
     method.load({name: reader.whole(STATE + name) for name in method.state()})
+
+
+def _saved_name(reader: Reader, name: str) -> str:
+    """Return under which name the weights of a parameter are saved."""
+    return WEIGHT + name if WEIGHT + name in reader.names else MASTER + name
 
 
 def _load_optimizer(method: Method, optimizer: Any, reader: Reader, rank: int) -> None:

@@ -127,9 +127,7 @@ def train(
         accuracy = None
         if probing:
             heartbeat.enter(Phase.probe)
-            with meter.paused():
-                accuracy = parts.probe.run(parts.method.representation, world, meter.elapsed)
-                sinks.write(state.step, {"knn_top1_ratio": accuracy})
+            accuracy = _probe(parts, world, state, meter, sinks)
         if saving or stopping or finished or (probing and config.checkpoint.keep_best):
             heartbeat.enter(Phase.save)
             with meter.paused():
@@ -138,15 +136,28 @@ def train(
         if stopping:
             break
 
-    heartbeat.enter(Phase.save)
-    _report(sinks, state, parts.checkpointer.finish())
-    heartbeat.enter(Phase.end)
-    sinks.close()
-    if parts.checkpointer.failure:
-        raise ProcessFailedError(f"step {state.step} could not be saved: {parts.checkpointer.failure}")
+    _finish_saving(parts.checkpointer, state, sinks, heartbeat)
     _say(directory, "finished" if finished else "stopped", state)
     log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
     return 0 if finished else stop.exit_code
+
+
+def _probe(parts: Parts, world: World, state: TrainState, meter: Meter, sinks: MetricSink) -> float:
+    """Report and return the k-NN accuracy of the representation. Every process must call this."""
+    with meter.paused():
+        accuracy = parts.probe.run(parts.method.representation, world, meter.elapsed)
+        sinks.write(state.step, {"knn_top1_ratio": accuracy})
+    return accuracy
+
+
+def _finish_saving(checkpointer: Checkpointer, state: TrainState, sinks: MetricSink, heartbeat: Heartbeat) -> None:
+    """Wait for the last save of a life, without which it must not end well."""
+    heartbeat.enter(Phase.save)
+    _report(sinks, state, checkpointer.finish())
+    heartbeat.enter(Phase.end)
+    sinks.close()
+    if checkpointer.failure:
+        raise ProcessFailedError(f"step {state.step} could not be saved: {checkpointer.failure}")
 
 
 def _report(sinks: MetricSink, state: TrainState, metrics: dict[str, float]) -> None:

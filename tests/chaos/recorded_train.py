@@ -90,10 +90,10 @@ def _watch_steps(path: Path, tick: Callable[[], None]) -> list[Engine]:
         start(self, *args, **kwargs)
         engines.append(self)
 
-    def watched(self: Engine, batch: Batch, plan: StepPlan) -> StepResult:
+    def watched(self: Engine, batch: Batch, plan: StepPlan, *args: Any) -> StepResult:
         os.write(record, f"{json.dumps(_seen(batch, plan))}\n".encode())
         tick()
-        return step(self, batch, plan)
+        return step(self, batch, plan, *args)
 
     Engine.__init__, Engine.step = started, watched  # type: ignore[method-assign]
     return engines

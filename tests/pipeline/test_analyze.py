@@ -102,7 +102,7 @@ def test_the_nearest_checkpoint_is_taken_once_and_said_when_it_is_far(
 
 def test_a_damaged_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "a" / "checkpoints", tmp_path / "checkpoints")
-    victim = max((tmp_path / "checkpoints" / "step_00000004").glob("*.pt"), key=lambda p: p.stat().st_size)
+    victim = max((tmp_path / "checkpoints" / "step_00000004").glob("*.safetensors"), key=lambda p: p.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"run: checkpoint .*step_00000004 is damaged"):
         nearest([0.5], tmp_path / "checkpoints")

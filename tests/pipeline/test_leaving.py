@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint import find_damage
+from pipeline.checkpoint_files import find_damage
+from pipeline.pieces import Reader
 from pipeline.preemption import EXIT_HUNG
 
 REPOSITORY = Path(__file__).parents[2]
@@ -109,24 +110,14 @@ def end(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint: weights, momentum encoder, optimizer."""
-    found: dict[str, torch.Tensor] = {}
-
-    def collect(prefix: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            found[prefix] = value
-        elif isinstance(value, dict | list | tuple):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                collect(f"{prefix}/{key}", item)
-
-    for file in sorted(path.glob("*.pt")):
-        collect(file.name, torch.load(file, weights_only=False))
-    return found
+    reader = Reader(path)
+    return {name: reader.whole(name) for name in reader.names}
 
 
 # In the order of the steps at which they come.
 MOMENTS = {
     "data set-up": ("data.loader", "Loader", "__init__", "1", TERM),
-    "save": ("pipeline.engine", "Engine", "save", "1", SIGNALS),
+    "save": ("pipeline.pieces", "HostCopies", "copy", "1", SIGNALS),
     "publishing": ("pipeline.checkpoint", "Checkpointer", "_publish", "1", SIGNALS),
     "freeze": ("pipeline.engine", "Engine", "_start", "2", TERM),
     "probe": ("pipeline.probes.knn", "KNNProbe", "run", "1", TERM),
