@@ -66,6 +66,8 @@ main(sys.argv[7:])
 """
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 SIGNALS = "[os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)]"
+# From a thread beside the main one, which would take whatever has come in the meantime by its number.
+FROM_BESIDE = "[os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM)]"
 NOTHING = ("nothing", "", "", "", "0", "")
 
 Command = Callable[..., list[subprocess.Popen[str]]]
@@ -118,7 +120,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 MOMENTS = {
     "data set-up": ("data.loader", "Loader", "__init__", "1", TERM),
     "save": ("pipeline.pieces", "HostCopies", "copy", "1", SIGNALS),
-    "publishing": ("pipeline.checkpoint", "Checkpointer", "_publish", "1", SIGNALS),
+    "publishing": ("pipeline.checkpoint", "Checkpointer", "_publish", "1", FROM_BESIDE),
     "freeze": ("pipeline.engine", "Engine", "_start", "2", TERM),
     "probe": ("pipeline.probes.knn", "KNNProbe", "run", "1", TERM),
 }
