@@ -72,8 +72,11 @@ def dump_networks(method: Method, path: Path) -> None:
     """Write the final weights and momentum encoder, whatever checkpoints look like. Every process must call this."""
     import deepspeed  # not before the engine's module, which tells it where it runs
 
-    with deepspeed.zero.GatheredParameters(list(method.parameters())):
-        networks = {"weights": method.state_dict(), "momentum": method.state()}
+    followers = {name: each for encoder in method.momentum_encoders() for name, each in encoder.parameters.items()}
+    with deepspeed.zero.GatheredParameters([*method.parameters(), *followers.values()]):
+        # Under ZeRO 3 the state has a part of each average; in fp32 the network's own parameters are the average.
+        whole = {name: each.detach() for name, each in followers.items() if hasattr(each, "ds_tensor")}
+        networks = {"weights": method.state_dict(), "momentum": method.state() | whole}
         if os.environ["RANK"] == "0":
             temporary = path.with_suffix(".tmp")
             torch.save(networks, temporary)
