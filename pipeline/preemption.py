@@ -43,9 +43,11 @@ class PeerFailedError(Exception):
 
 def leave_when_asked() -> None:
     """Let every signal end this process at once, for it has nothing to save until a `StopRequest` takes over."""
+    # The socket first: a handler without one would swallow what comes in between.
+    signals = _socket_of_signals()
     for number in set(SIGNALS) - {signal.SIGINT}:
         signal.signal(number, _wake_up)
-    threading.Thread(target=_leave_at_the_first, args=(_socket_of_signals(),), name="signals", daemon=True).start()
+    threading.Thread(target=_leave_at_the_first, args=(signals,), name="signals", daemon=True).start()
 
 
 class StopRequest:
@@ -57,9 +59,10 @@ class StopRequest:
         # On the monotonic clock.
         self.since = float("inf")
         self._interrupted = False
+        signals = _socket_of_signals()
         for number in SIGNALS:
             signal.signal(number, self._handle)
-        threading.Thread(target=self._listen, args=(_socket_of_signals(),), name="signals", daemon=True).start()
+        threading.Thread(target=self._listen, args=(signals,), name="signals", daemon=True).start()
 
     @property
     def requested(self) -> bool:

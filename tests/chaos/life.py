@@ -20,6 +20,8 @@ from chaos import recorded_train
 from chaos.recorded_train import Witness
 from chaos.warm import check_alone
 
+from pipeline.preemption import EXIT_STOPPED
+
 REPOSITORY = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.0005
@@ -84,18 +86,33 @@ class Life:
     def end(self, patience: float = 90.0, grace: float = 5.0) -> bool:
         """Wait for all processes, and tell whether they ended by themselves in time.
 
-        Once a signal has ended one of them, the others have the grace that a launcher gives them.
+        Once somebody is missed, the others have the grace that a launcher gives them.
         """
         deadline = time.monotonic() + patience
         bereaved = False
         while not self.ended() and time.monotonic() < deadline:
-            if not bereaved and any(code < 0 for code in self.codes.values()):
+            if not bereaved and self._somebody_is_missed():
                 bereaved, deadline = True, time.monotonic() + grace
             time.sleep(_POLL_SECONDS)
         in_time = self.ended()
         self.stayed = bereaved and not in_time
+        if not in_time and not bereaved:
+            self._ask_where()
         self._bury()
         return in_time or bereaved
+
+    def _somebody_is_missed(self) -> bool:
+        """Tell whether a process was killed, or has left when asked before the processes met: others may wait for it.
+
+        The main process says so when they have met.
+        """
+        codes = self.codes.values()
+        return any(code < 0 for code in codes) or (EXIT_STOPPED in codes and not self.log_of(0).stat().st_size)
+
+    def _ask_where(self) -> None:
+        """Have all processes write their stacks to their logs."""
+        self.send(signal.SIGQUIT)
+        time.sleep(1)
 
     def _bury(self) -> None:
         self.send(signal.SIGKILL)
