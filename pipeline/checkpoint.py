@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline import pieces
 from pipeline.checkpoint_files import (
-    TEMPORARY,
     checkpoints,
     clear_leftovers,
     content_of,
@@ -25,6 +24,7 @@ from pipeline.checkpoint_files import (
     seal,
     set_aside,
     step_of,
+    temporary_of,
 )
 from pipeline.distributed import any_rank, first_text, from_main, on_main, rank, sum_over_ranks, world_size
 from pipeline.engine import Engine, file_name
@@ -126,11 +126,6 @@ class Save:
     work: Background
     publishing: bool = False
 
-    @property
-    def temporary(self) -> Path:
-        """Return where it is written."""
-        return self.final.with_name(TEMPORARY + self.final.name)
-
 
 class Checkpointer:
     """Saves and restores a run; every process must make the same calls.
@@ -144,7 +139,7 @@ class Checkpointer:
         # Why the newest state that was to be saved is not on the disk; empty when it is.
         self.failure = ""
         self._copies = HostCopies()
-        self._save: Save | None = None
+        self._under_way: Save | None = None
         self._last_save = time.monotonic()
         self._saved_progress = 0.0
         self._saves = self._failures = 0
@@ -171,19 +166,19 @@ class Checkpointer:
         if self.failure:
             return metrics | self._count_failure(final)
         content = {"state": asdict(state), "progress": progress, "score": score, "identity": self.identity}
-        path = final.with_name(TEMPORARY + final.name) / file_name(rank())
+        path = temporary_of(final) / file_name(rank())
         copies, facts = self._copies.copy(mine), engine.facts()
 
         def write() -> None:
             pieces.write(path, copies, facts)
             seal(path)
 
-        self._save = Save(final, content, num_bytes, began, Background(write))
+        self._under_way = Save(final, content, num_bytes, began, Background(write))
         return metrics | {"checkpoint_stall_seconds": time.monotonic() - began}
 
     def pending(self) -> tuple[bool, bool]:
         """Return whether this process still has to do something for the save under way, and whether it has failed."""
-        save = self._save
+        save = self._under_way
         if save is None:
             return False, False
         busy = save.work.busy
@@ -191,7 +186,7 @@ class Checkpointer:
 
     def settle(self, busy: bool, failed: bool) -> dict[str, float]:
         """Take the next step of the save under way, told `pending` of any process; return metrics once it is done."""
-        save = self._save
+        save = self._under_way
         if save is None or busy:
             return {}
         if not failed and not save.publishing:
@@ -200,7 +195,7 @@ class Checkpointer:
                 save.work = Background(lambda: self._publish(save))
             # The others have nothing left to do, and learn from the votes when it is done.
             return {}
-        self._save = None
+        self._under_way = None
         if failed:
             self.failure = first_text(save.work.failure)
             if rank() == 0:
@@ -217,8 +212,8 @@ class Checkpointer:
     def finish(self) -> dict[str, float]:
         """Wait until nothing is under way; return the metrics of what has been."""
         metrics: dict[str, float] = {}
-        while self._save is not None:
-            self._save.work.wait()
+        while self._under_way is not None:
+            self._under_way.work.wait()
             metrics |= self.settle(*any_rank(*self.pending()))
         return metrics
 
@@ -249,13 +244,13 @@ class Checkpointer:
                     f"it takes {num_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free in {self.directory}; "
                     "make room, or keep fewer (checkpoint.keep_last)"
                 )
-            final.with_name(TEMPORARY + final.name).mkdir()
+            temporary_of(final).mkdir()
         except OSError as error:
             return str(error)
         return ""
 
     def _publish(self, save: Save) -> None:
-        publish(save.temporary, save.final, map(file_name, range(world_size())), save.content)
+        publish(save.final, map(file_name, range(world_size())), save.content)
         # It is saved by now, whatever becomes of the rest.
         _try(lambda: name_latest(save.final))
         _try(lambda: self._prune(save.final))

@@ -38,6 +38,11 @@ def name_of(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def temporary_of(checkpoint: Path) -> Path:
+    """Return where a checkpoint is written until it is published."""
+    return checkpoint.with_name(TEMPORARY + checkpoint.name)
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix(PREFIX))
@@ -121,9 +126,9 @@ def seal(path: Path) -> None:
     write(path.with_name(path.name + _LISTING), json.dumps(describe(path)))
 
 
-def publish(temporary: Path, final: Path, names: Iterable[str], content: dict[str, Any]) -> None:
+def publish(final: Path, names: Iterable[str], content: dict[str, Any]) -> None:
     """Make a checkpoint of sealed files of these names, durable and whole or not there at all."""
-    listing = {}
+    temporary, listing = temporary_of(final), {}
     # Asked for by name: what a network file system lists of a directory may be old.
     for name in names:
         note = temporary / (name + _LISTING)
@@ -134,8 +139,8 @@ def publish(temporary: Path, final: Path, names: Iterable[str], content: dict[st
     write(temporary / MANIFEST_NAME, json.dumps(listing, indent=1))
     sync(temporary)
     if final.exists():
-        # Of a life that came this far before; named so that a death between the two lines is cleaned up.
-        final.rename(temporary.with_name(f"{TEMPORARY}old-{final.name}"))
+        # A damaged one that could not be set aside; named so that a death between the two lines is cleaned up.
+        final.rename(final.with_name(f"{TEMPORARY}old-{final.name}"))
     temporary.rename(final)
     sync(final.parent)
 

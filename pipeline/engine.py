@@ -327,12 +327,3 @@ def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
     Gradients are averaged, so all processes come to know without a message or a wait of their own.
     """
     return loss * torch.ones_like(loss).where(loss.detach().isfinite(), torch.nan)
-
-
-def load_method(directory: Path, method: Method) -> None:
-    """Load the networks of a checkpoint without an optimizer, for evaluation.
-
-    Raises:
-        ValueError: there is no checkpoint of these networks in the directory.
-    """
-    engine_state.load_networks(method, Reader(directory))

@@ -145,7 +145,6 @@ _OURS = {
     "amp": "engine.precision",
     "torch_autocast": "engine.precision",
     "checkpoint": "checkpoint",
-    "elasticity": "nothing: a run may change its number of processes",
     "compression_training": "compression",
     "data_efficiency": "compression",
     "curriculum_learning": "compression",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.optimizer_state import members
+from pipeline.optimizer_state import members, sharded
 
 
 class TensorNorms:
@@ -24,7 +24,7 @@ class TensorNorms:
         groups = members(optimizer)
         # At ZeRO 3 of each tensor a shard, at 1 and 2 of each group a stretch; by the number of the group.
         self._in_part: list[list[Tensor]] | None = getattr(optimizer, "params_in_partition", None)
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        if sharded(optimizer):
             self._in_part = [[*parameters] for _, parameters in groups]
         self._names = [name for name, parameters in groups for _ in parameters]
         self._members: list[Tensor] = [p for _, parameters in groups for p in parameters]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from pipeline import engine_state
 from pipeline.config import TrainConfig
-from pipeline.engine import load_method
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
+from pipeline.pieces import Reader
 
 
 def networks(training: TrainConfig, checkpoint: Path | None) -> Method:
@@ -20,5 +21,5 @@ def networks(training: TrainConfig, checkpoint: Path | None) -> Method:
     model = training.model if checkpoint is None else replace(training.model, weights="")
     method = build_method(training.method, ViT(model, training.seed))
     if checkpoint is not None:
-        load_method(checkpoint, method)
+        engine_state.load_networks(method, Reader(checkpoint))
     return method

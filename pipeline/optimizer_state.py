@@ -101,7 +101,7 @@ def members(optimizer: Any) -> list[tuple[str, list[nn.Parameter]]]:
     """Return the method's own parameters with their group's name, by group; at ZeRO 3 by part of a group."""
     groups = inner_optimizer(optimizer).param_groups
     names = [group["name"] for group in groups]
-    if _sharded(optimizer):
+    if sharded(optimizer):
         numbers = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
         return [(names[k], list(each)) for k, each in zip(numbers, optimizer.fp16_groups, strict=True)]
     for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
@@ -112,7 +112,7 @@ def members(optimizer: Any) -> list[tuple[str, list[nn.Parameter]]]:
 
 def masters(optimizer: Any) -> Iterator[tuple[tuple[str, int], Tensor]]:
     """Yield the tensors that this process optimizes, each with its group's name and its number there."""
-    if _sharded(optimizer):
+    if sharded(optimizer):
         flats: dict[str, list[Tensor]] = {}
         for (name, _), flat in zip(members(optimizer), optimizer.fp32_partitioned_groups_flat, strict=True):
             flats.setdefault(name, []).append(flat)
@@ -126,7 +126,7 @@ def masters(optimizer: Any) -> Iterator[tuple[tuple[str, int], Tensor]]:
 def fragments(optimizer: Any, rank: int) -> Iterator[Fragment]:
     """Yield what this process optimizes, stretch by stretch."""
     flats = [master for _, master in masters(optimizer)]
-    if _sharded(optimizer):
+    if sharded(optimizer):
         for (name, parameters), flat in zip(members(optimizer), flats, strict=True):
             yield from _fragments_of_shards(name, parameters, flat, rank)
     elif _partitioned(optimizer):
@@ -140,10 +140,10 @@ def fragments(optimizer: Any, rank: int) -> Iterator[Fragment]:
 
 def replicated(optimizer: Any) -> bool:
     """Return whether all processes optimize the same, as at ZeRO 0."""
-    return not (_sharded(optimizer) or _partitioned(optimizer))
+    return not (sharded(optimizer) or _partitioned(optimizer))
 
 
-def _sharded(optimizer: Any) -> bool:
+def sharded(optimizer: Any) -> bool:
     """Return whether this is ZeRO 3's."""
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
@@ -153,25 +153,20 @@ def _partitioned(optimizer: Any) -> bool:
     return hasattr(optimizer, "partition_size") or hasattr(optimizer, "bf16_groups")
 
 
-def _fragments_of_shards(name: str, parameters: list[nn.Parameter], flat: Tensor, rank: int) -> Iterator[Fragment]:
+def _fragments_of_shards(name: str, parameters: list[Any], flat: Tensor, rank: int) -> Iterator[Fragment]:
     offset = 0
     for parameter in parameters:
         start, count = place_of_shard(parameter, rank)
         yield Fragment(name, parameter, start, count, flat, offset)
-        offset += _attribute(parameter, "ds_tensor").numel()
+        offset += parameter.ds_tensor.numel()
 
 
-def place_of_shard(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
+def place_of_shard(parameter: Any, rank: int) -> tuple[int, int]:
     """Return where a shard of ZeRO 3 starts in its flattened parameter, and how much of it is no padding."""
-    total, shard = _attribute(parameter, "ds_numel"), _attribute(parameter, "ds_tensor").numel()
+    total, shard = parameter.ds_numel, parameter.ds_tensor.numel()
     start = min(rank * shard, total)
     # The last shards of a parameter that the processes cannot share evenly end in padding, or are nothing else.
     return start, min(shard, total - start)
-
-
-def _attribute(parameter: nn.Parameter, name: str) -> Any:
-    """Return what ZeRO 3 has put on a parameter."""
-    return getattr(parameter, name)
 
 
 def _fragments_of_partition(name: str, parameters: list[nn.Parameter], flat: Tensor) -> Iterator[Fragment]:

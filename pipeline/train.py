@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 
-from data import order
 from data.loader import Loader
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
@@ -17,8 +16,8 @@ from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
 from pipeline.engine import Engine, StepResult
-from pipeline.freezing import FreezeOut
 from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
+from pipeline.identity import identity
 from pipeline.interplay import check_waiting, warn_of_early_freezing, whole_from
 from pipeline.meter import Meter
 from pipeline.methods import Method, build_method
@@ -203,45 +202,12 @@ def build(config: TrainConfig, world: World) -> Parts:
         loader=loader,
         engine=engine,
         checkpointer=Checkpointer(
-            config.directory / "checkpoints", config.checkpoint, _identity(config, loader, world, schedules)
+            config.directory / "checkpoints",
+            config.checkpoint,
+            identity(config, loader.manifest.fingerprint, world.size, schedules),
         ),
         probe=KNNProbe(config.probe, config.data, loader.num_samples if loader.classes else 0, config.seed),
     )
-
-
-def _identity(config: TrainConfig, loader: Loader, world: World, schedules: Schedules) -> dict[str, object]:
-    """Return what a resumed run must share with the run that saved, by dotted key."""
-    values: dict[str, object] = {
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "data.shards": loader.manifest.fingerprint,
-        "data.color": config.data.color,
-        "data.order": order.VERSION,
-        "engine.precision": config.engine.precision.value,
-        # Steps of the optimizer are counted by group; and its moments are averages by these.
-        "optim.decay_vectors": config.optim.decay_vectors,
-        "optim.betas": str(config.optim.betas),
-        # Another budget would take progress back and wake frozen layers.
-        "budget.value": config.budget.value,
-        "budget.unit": config.budget.unit.value,
-    }
-    # What moves freeze times would wake frozen layers, too.
-    if schedules.freezes():
-        values["rate.warmup"] = config.rate.warmup
-    if isinstance(config.freeze, FreezeOut) and config.freeze.see_whole is not None:
-        values["compression"] = f"whole images from {schedules.whole_from:.4g} of the budget"
-    # Another grid or rule would read the saved evidence otherwise. Other schedules may change, and take over.
-    if isinstance(config.compression, Adaptive):
-        values |= {f"compression.{key}": str(value) for key, value in vars(config.compression).items()}
-        # Each cuts its own part of a batch into sub-batches.
-        values["processes"] = world.size
-    for section, part in (("model", config.model), ("method", config.method), ("freeze", config.freeze)):
-        values |= {section: type(part).__name__}
-        values |= {f"{section}.{key}": str(value) for key, value in vars(part).items()}
-    # How blocks run, and where training started: a checkpoint does not depend on them.
-    for key in ("model.compile", "model.weights"):
-        del values[key]
-    return values
 
 
 def build_schedules(config: TrainConfig, method: Method) -> Schedules:

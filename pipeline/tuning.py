@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from pipeline.accumulation import parts
 from pipeline.analysis.estimators import Moments, PairedGradients, standard_error
 from pipeline.analysis.gradients import loss_gradient, slice_length, trainable
 from pipeline.checkpoint import TrainState
@@ -143,21 +143,13 @@ class LiveErrors:
         gradients = PairedGradients(
             len(plans), slice_length(parameters), seed=self._seed, device=device, storage=device
         )
-        for part in _cut(batch, self._sub_batches):
+        for part in parts(batch, len(batch.index) // self._sub_batches):
             dense = loss_gradient(self._method, part, reference, parameters)
             gradients.start(dense)
             for i, plan in enumerate(plans):
                 same = plan.query == reference.query
                 gradients.add(i, dense if same else loss_gradient(self._method, part, plan, parameters))
         return gradients
-
-
-@dataclass(frozen=True)
-class SubBatch:
-    """Some samples of a batch."""
-
-    views: tuple[Tensor, ...]
-    index: Tensor
 
 
 def tuner_for(
@@ -175,24 +167,18 @@ def tuner_for(
             f"budget.unit must be cost with compression=adaptive, whose measurements it has to pay, got {unit.value}; "
             "say budget.unit=cost, with a budget.value that `coldpress plan` turns into samples."
         )
-    parts = schedule.sub_batches
-    if batch_size % (processes * parts) or batch_size < 2 * parts:
+    number = schedule.sub_batches
+    if batch_size % (processes * number) or batch_size < 2 * number:
         raise ValueError(
             f"compression.sub_batches must cut the batch of each process evenly, into at least 2 samples of all "
-            f"processes together, got {parts} for batch_size={batch_size} and {processes} process(es); "
+            f"processes together, got {number} for batch_size={batch_size} and {processes} process(es); "
             f"take a divisor of {batch_size // processes}, or another batch_size."
         )
-    return Tuner(schedule, method, batch_size, LiveErrors(method, parts, seed))
+    return Tuner(schedule, method, batch_size, LiveErrors(method, number, seed))
 
 
 def _compressed(plan: StepPlan, query: Compression, method: Method) -> StepPlan:
     return replace(plan, query=query, key=method.key_compression(query))
-
-
-def _cut(batch: Batch, parts: int) -> Iterator[SubBatch]:
-    """Yield equal pieces of this process's part of a batch."""
-    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
-    return (SubBatch(each, index) for each, index in zip(views, batch.index.chunk(parts), strict=True))
 
 
 def _error(reference: Moments, differences: Moments, gradients: Moments, share: float) -> GradientError:

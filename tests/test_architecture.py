@@ -87,6 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.analysis_plots": {"pipeline.analysis"},
     "pipeline.tuning": {
+        "pipeline.accumulation",
         "pipeline.analysis",
         "pipeline.checkpoint",
         "pipeline.compression",
@@ -102,7 +103,13 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.tuning",
     },
     "pipeline.probes": {"pipeline.models", "pipeline.compression", "pipeline.distributed", "data"},
-    "pipeline.networks": {"pipeline.config", "pipeline.engine", "pipeline.methods", "pipeline.models"},
+    "pipeline.networks": {
+        "pipeline.config",
+        "pipeline.engine_state",
+        "pipeline.methods",
+        "pipeline.models",
+        "pipeline.pieces",
+    },
     "pipeline.prewarm": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
     "pipeline.plots": {"pipeline.methods", "pipeline.schedules"},
     "pipeline.config": {"pipeline", "data", "monitoring"},
@@ -119,6 +126,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "pipeline.study_plots": {"pipeline.plots"},
     "pipeline.freezing_plots": {"pipeline.plots"},
+    "pipeline.identity": {
+        "data.order",
+        "pipeline.compression",
+        "pipeline.config",
+        "pipeline.freezing",
+        "pipeline.schedules",
+    },
     "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.checkpoint",

@@ -17,7 +17,6 @@ from pipeline.checkpoint_files import sync
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World, any_rank, barrier, from_main, start
-from pipeline.engine import Engine
 
 COLUMNS = (
     Column("case", "case"),
@@ -152,7 +151,6 @@ def _resume(config: BenchConfig, directory: Path) -> None:
     for name in _RENDEZVOUS:
         os.environ.pop(name, None)
     world = start()
-    engine: Engine
     engine, method = make_engine(config, world)
     assert Checkpointer(directory, CheckpointConfig(), {}).restore(engine) is not None
     seconds(engine, make_batch(config, world, method), make_plan(config, method, Compression(), 0), world)

@@ -60,11 +60,8 @@ class Method(nn.Module):
     encoder: ViT
     # Why there is no compressing its sequences; empty where there is.
     incompressible: ClassVar[str] = ""
-
-    @property
-    def whole_batch(self) -> str:
-        """Return why the loss of a batch is not the mean of those of its parts; empty where it is."""
-        return ""
+    # Why the loss of a batch is not the mean of those of its parts; empty where it is.
+    whole_batch: str = ""
 
     def views(self) -> Sequence[ViewSpec]:
         """Return the augmented views that a batch must bring."""

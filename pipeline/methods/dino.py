@@ -110,11 +110,8 @@ class DINO(Method):
         self._queries = LARGE if config.symmetric else LARGE[:1]
         self._keys = LARGE if config.symmetric else LARGE[1:]
         self._small = range(len(LARGE), len(LARGE) + config.small_crops)
-
-    @property
-    def whole_batch(self) -> str:
-        """Return what is of the whole batch."""
-        return "its head's batch statistics are those of the whole batch" if self.config.head_batch_norm else ""
+        if config.head_batch_norm:
+            self.whole_batch = "its head's batch statistics are those of the whole batch"
 
     def views(self) -> Sequence[ViewSpec]:
         """Return two large crops, then the small ones."""

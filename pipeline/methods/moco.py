@@ -60,6 +60,8 @@ class MoCo(Method):
     it moves between the two forwards: keys always come from an average that has seen the current weights.
     """
 
+    whole_batch = "its negatives and its heads' batch statistics are those of the whole batch"
+
     def __init__(self, config: MoCoConfig, encoder: ViT) -> None:
         super().__init__()
         self.config = config
@@ -75,11 +77,6 @@ class MoCo(Method):
         online = nn.ModuleDict({"encoder": encoder, "projector": self.projector})
         self._target = (MomentumEncoder(online),)
         self._pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
-
-    @property
-    def whole_batch(self) -> str:
-        """Return what is of the whole batch."""
-        return "its negatives and its heads' batch statistics are those of the whole batch"
 
     def views(self) -> Sequence[ViewSpec]:
         """Return MoCo-v3's two asymmetric views."""

@@ -50,6 +50,8 @@ class SimCLRConfig:
 class SimCLR(Method):
     """Contrast two views of one distribution; token dropout and patch scaling apply to both."""
 
+    whole_batch = "its negatives and its head's batch statistics are those of the whole batch"
+
     def __init__(self, config: SimCLRConfig, encoder: ViT) -> None:
         super().__init__()
         self.config = config
@@ -59,11 +61,6 @@ class SimCLR(Method):
         if config.freeze_patch_projection:
             encoder.patch.requires_grad_(False)
         self.projector = mlp_head(3, encoder.embed_dim, config.hidden_dim, config.out_dim, last_scale=True)
-
-    @property
-    def whole_batch(self) -> str:
-        """Return what is of the whole batch."""
-        return "its negatives and its head's batch statistics are those of the whole batch"
 
     def views(self) -> Sequence[ViewSpec]:
         """Return two views of one distribution."""

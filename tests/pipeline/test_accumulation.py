@@ -1,6 +1,5 @@
 """A batch in parts: the same step, for losses that are means over samples; a refusal for the others."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,5 +80,5 @@ def test_a_part_that_does_not_divide_is_refused_with_the_number() -> None:
         make(CONFIGS["dino"], 3, 1)
 
 
-def test_the_whole_batch_may_be_said_for_every_method(make_moco: Callable[..., Method]) -> None:
+def test_the_whole_batch_may_be_said_for_every_method() -> None:
     make(MoCoConfig(hidden_dim=64, out_dim=32), 8, 1)

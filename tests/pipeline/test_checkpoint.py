@@ -217,7 +217,7 @@ def test_nothing_is_published_of_which_a_part_is_not_to_be_seen(saved: Path) -> 
     seal(temporary / "rank_00000.safetensors")
     names = ["rank_00000.safetensors", "rank_00001.safetensors"]
     with pytest.raises(FileNotFoundError, match="rank_00001"):
-        publish(temporary, saved / "step_00000004", names, {})
+        publish(saved / "step_00000004", names, {})
     assert not (saved / "step_00000004").exists()
 
 

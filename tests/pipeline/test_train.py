@@ -11,20 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pipeline.compose import load
-from pipeline.distributed import World
 from pipeline.evaluate import load_encoder
 from pipeline.evaluate import run as evaluate
+from pipeline.identity import identity
 from pipeline.pieces import Reader
 from pipeline.plan import imagine
 from pipeline.run_directory import read_overrides
-from pipeline.train import _identity, build_schedules
+from pipeline.train import build_schedules
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24
@@ -268,24 +267,23 @@ def test_a_run_that_chooses_its_compression_resumes_bit_for_bit(train: Train, ra
 
 
 def test_how_a_run_chooses_its_compression_must_stay_when_it_resumes() -> None:
-    loader = SimpleNamespace(manifest=SimpleNamespace(fingerprint="x"))
     words = ["run=r", "budget.unit=cost", "budget.value=1"]
 
-    def identity(*compression: str) -> dict[str, object]:
+    def identity_with(*compression: str) -> dict[str, object]:
         config = load("train", [*words, *compression])
         schedules = build_schedules(config, imagine(config))
-        return _identity(config, loader, World(0, 0, 1, torch.device("cpu")), schedules)  # type: ignore[arg-type]
+        return identity(config, "fingerprint", 1, schedules)
 
-    assert identity("compression=adaptive")["compression.share"] == "0.02"
-    assert identity("compression=adaptive", "compression.share=0.1")["compression.share"] == "0.1"
+    assert identity_with("compression=adaptive")["compression.share"] == "0.02"
+    assert identity_with("compression=adaptive", "compression.share=0.1")["compression.share"] == "0.1"
     # A schedule may take over, and another one after it.
-    assert not [key for key in identity("compression=constant") if key.startswith("compression")]
+    assert not [key for key in identity_with("compression=constant") if key.startswith("compression")]
     # But for layers that wait for its end; and the warm-up may change where none freezes.
     stages = "compression.stages=[{until:0.5,dropout:0.5}]"
-    waiting = identity("compression=staged", stages, "freeze=freezeout", "freeze.see_whole=0.1")
+    waiting = identity_with("compression=staged", stages, "freeze=freezeout", "freeze.see_whole=0.1")
     assert waiting["compression"] == "whole images from 0.5 of the budget"
     assert "rate.warmup" in waiting
-    assert "rate.warmup" not in identity("compression=none", "freeze=none")
+    assert "rate.warmup" not in identity_with("compression=none", "freeze=none")
 
 
 def test_sigkill_at_a_random_step_costs_at_most_what_followed_the_checkpoint(train: Train) -> None:
