@@ -26,8 +26,8 @@ class Crops:
     index: torch.Tensor
 
 
-# Two layers freeze after four steps, a third after seven. `Plain` is the reference: fp32 masters, gradients averaged by
-# hand, what is frozen taken out of AdamW, its state with it.
+# Two layers freeze after eight of twenty steps, a third after fourteen. `Plain` is the reference: fp32 masters,
+# gradients averaged by hand, what is frozen taken out of AdamW, its state with it.
 SCRIPT = """
     import os
     import sys
@@ -61,11 +61,11 @@ SCRIPT = """
     )
 
     def frozen_at(step):
-        return 0 if step < 4 else 2 if step < 7 else 3
+        return 0 if step < 8 else 2 if step < 14 else 3
 
     def plan(step):
         rates = tuple(0.0 if i < frozen_at(step) else 1e-3 * (i + 1) for i in range(4))
-        return StepPlan(step / 20, 2e-3, 0.1, 0.9, rates)
+        return StepPlan(step / 40, 2e-3, 0.1, 0.9, rates)
 
     @dataclass(frozen=True)
     class Batch:
@@ -92,7 +92,9 @@ SCRIPT = """
         def __init__(self):
             self.method = make_method()
             self.masters = {{
-                p: p.detach().clone().requires_grad_() for p in self.method.parameters() if p.requires_grad
+                # DeepSpeed's masters start from weights that are rounded already.
+                p: p.detach().to(DTYPE).float().clone().requires_grad_()
+                for p in self.method.parameters() if p.requires_grad
             }}
             self.method.to(DTYPE)
             self.method.prepare(world.device, DTYPE)
@@ -182,41 +184,42 @@ SCRIPT = """
     keys = list(engine.method.state_dict())
     scratch = Path(sys.argv[0]).parent / "saved"
     traffic, memory, still = [], [], {{}}
-    for step in range(10):
+    for step in range(20):
         now = plan(step)
         before = sent
         result = engine.step(batch(step), now)
         traffic.append(sent - before)
         memory.append(kept_bytes(engine))
         expected = plain.step(batch(step), now).loss.detach()
-        assert abs(float(result.loss) - float(expected)) < {loss_tolerance}, (step, float(result.loss), float(expected))
+        error = abs(float(result.loss) - float(expected))
+        assert error <= {loss_tolerance}, (step, float(result.loss), float(expected))
         gone = [p for i in range(now.frozen_layers) for p in engine.method.layers()[i]]
         gone += [p for i in range(now.frozen_layers) for p in engine.method.attached().get(i, [])]
         assert all(p.grad is None and not p.requires_grad for p in gone)
         for p in gone:
             still.setdefault(id(p), local(p).clone())
             assert torch.equal(still[id(p)], local(p)), names[id(p)]
-        if step in (3, 5):
+        if step in (7, 11):
             engine.save(scratch / f"step{{step}}")
     for (name, ours), theirs in zip(weights(engine).items(), plain.method.parameters(), strict=True):
-        if not name.endswith(("qkv.bias", "encoder.norm.bias")):
+        if not {tolerance} or not name.endswith(("qkv.bias", "encoder.norm.bias")):
             ours = ours.to(DTYPE)
             torch.testing.assert_close(ours, theirs, atol={tolerance}, rtol=0, msg=lambda m: f"{{name}}: {{m}}")
     # What is pruned keeps its name, and its place in a checkpoint.
     assert list(engine.method.state_dict()) == keys
-    for k, first in ((2, 5), (3, 8)):
+    for k, first in ((2, 9), (3, 15)):
         share = share_live(engine.method, k)
         assert memory[first] < (share + 0.03) * memory[1], (memory, share)
         # At stage 3 a forward needs what is frozen, too, from all processes.
         if world.size > 1 and STAGE < 3:
             extra = 3000  # norms, losses, batch statistics
             assert traffic[first] < share * traffic[1] + extra, (traffic, share)
-    for saved in (3, 5):  # before and after the first event
+    for saved in (7, 11):  # before and after the first event
         again = make_engine()
         for p in again.method.parameters():
             local(p).add_(1.0)
         again.load(scratch / f"step{{saved}}")
-        for step in range(saved + 1, 10):
+        for step in range(saved + 1, 20):
             again.step(batch(step), plan(step))
         for (name, one), other in zip(engine.method.named_parameters(), again.method.parameters(), strict=True):
             assert torch.equal(mine(one), mine(other)), (saved, name)
@@ -228,42 +231,47 @@ SCRIPT = """
     # ZeRO 3 over gloo aborts now and then when the interpreter ends.
     os._exit(0)
     """
-# In bf16 Adam turns rounding into steps, most of all behind the few negatives of a contrastive loss.
-TOLERANCES = {
-    ("localmim", "fp32"): {"tolerance": 3e-5, "loss_tolerance": 2e-5},
-    ("localmim", "bf16"): {"tolerance": 2e-2, "loss_tolerance": 2e-2},
-    ("moco", "fp32"): {"tolerance": 3e-5, "loss_tolerance": 2e-5},
-    ("moco", "bf16"): {"tolerance": 0.2, "loss_tolerance": 0.5},
-}
+EXACT = {"tolerance": 0.0, "loss_tolerance": 0.0}
+# DeepSpeed clips by a number that is rounded elsewhere. Around its modules at stage 3 gradients of a tap come in
+# another order, in which three numbers add up to another one.
+ROUNDED = {"tolerance": 3e-5, "loss_tolerance": 2e-5}
+# Stage 0 averages gradients in bf16; and what is rounded anew Adam turns into steps.
+ROUNDED_BF16 = {"tolerance": 2e-2, "loss_tolerance": 2e-2}
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "precision", "ranks", "decoder_rates"),
+    ("method", "stage", "precision", "ranks", "clip", "decoder_rates", "tolerances"),
     [
-        ("localmim", 0, "fp32", 1, "tapped"),
-        ("localmim", 0, "bf16", 2, "tapped"),
-        ("localmim", 1, "fp32", 2, "shared"),
-        ("localmim", 1, "bf16", 2, "shared"),
-        ("localmim", 2, "fp32", 2, "tapped"),
-        ("localmim", 2, "bf16", 1, "shared"),
-        ("localmim", 3, "fp32", 2, "tapped"),
-        ("moco", 0, "fp32", 2, "tapped"),
-        ("moco", 1, "bf16", 1, "tapped"),
-        ("moco", 2, "fp32", 2, "tapped"),
-        ("moco", 3, "fp32", 1, "tapped"),
-        ("moco", 3, "bf16", 2, "tapped"),
+        ("localmim", 0, "fp32", 1, 0.0, "tapped", EXACT),
+        ("localmim", 0, "bf16", 1, 0.0, "tapped", EXACT),
+        ("localmim", 0, "bf16", 2, 0.5, "tapped", ROUNDED_BF16),
+        ("localmim", 1, "fp32", 2, 0.5, "shared", ROUNDED),
+        ("localmim", 1, "bf16", 2, 0.0, "shared", EXACT),
+        ("localmim", 2, "fp32", 2, 0.0, "tapped", EXACT),
+        ("localmim", 2, "bf16", 1, 0.0, "shared", EXACT),
+        ("localmim", 3, "fp32", 2, 0.5, "tapped", ROUNDED),
+        ("localmim", 3, "bf16", 2, 0.0, "tapped", ROUNDED_BF16),
+        ("moco", 0, "fp32", 2, 0.0, "tapped", EXACT),
+        ("moco", 1, "fp32", 2, 0.0, "tapped", EXACT),
+        ("moco", 1, "bf16", 1, 0.0, "tapped", EXACT),
+        ("moco", 2, "fp32", 2, 0.0, "tapped", EXACT),
+        ("moco", 2, "bf16", 2, 0.0, "tapped", EXACT),
+        ("moco", 3, "fp32", 1, 0.0, "tapped", EXACT),
+        ("moco", 3, "bf16", 2, 0.0, "tapped", EXACT),
     ],
 )
 def test_frozen_layers_are_let_go(
-    run_ranks: Callable[..., list[str]], method: str, stage: int, precision: str, ranks: int, decoder_rates: str
+    run_ranks: Callable[..., list[str]],
+    method: str,
+    stage: int,
+    precision: str,
+    ranks: int,
+    clip: float,
+    decoder_rates: str,
+    tolerances: dict[str, float],
 ) -> None:
     script = SCRIPT.format(
-        method=method,
-        stage=stage,
-        precision=precision,
-        decoder_rates=decoder_rates,
-        clip=0.5 if ranks == 2 else 0.0,
-        **TOLERANCES[method, precision],
+        method=method, stage=stage, precision=precision, decoder_rates=decoder_rates, clip=clip, **tolerances
     )
     assert [said.strip().splitlines()[-1] for said in run_ranks(script, ranks)] == ["same"] * ranks
 
