@@ -1,4 +1,4 @@
-"""The catalogue: every number that a run may report, with its meaning. Sinks refuse all others."""
+"""The catalogue: every number that a run may report, or be asked for, with its meaning. Sinks refuse all others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ PREFIX = "coldpress_"
 
 @dataclass(frozen=True)
 class Metric:
-    """One number: its name without prefix, whether it only grows, and what it means."""
+    """One number: its name without prefix, whether it only grows, what it means, and what tells several apart."""
 
     name: str
-    kind: Literal["gauge", "counter"]
+    kind: Literal["gauge", "counter", "histogram"]
     help: str
+    label: str = ""
 
 
 def _gauge(name: str, text: str) -> Metric:
@@ -55,6 +56,8 @@ _METRICS = (
     _gauge("data_wait_ratio", "Share of the log interval that this process waited for its next batch."),
     _counter("data_wait_seconds_total", "Time that this process waited for its next batch"),
     _counter("bad_samples_total", "Samples found broken and replaced by others, by all processes together"),
+    _gauge("gpu_memory_bytes", "Memory that tensors of this process occupy on its GPU."),
+    _gauge("gpu_memory_peak_bytes", "The most that they have occupied since the process started."),
     # What it learns.
     _gauge("loss", "Training loss of the last step, mean over processes."),
     *(_gauge(f"{TERMS}{i}", f"LocalMIM's loss at tap {i}, counted from the input.") for i in range(1, 7)),
@@ -86,6 +89,7 @@ _METRICS = (
     ),
     _gauge("checkpoint_stall_seconds", "Time that training waited for the last checkpoint."),
     _gauge("checkpoint_bytes", "Size of the last checkpoint."),
+    _gauge("run_directory_free_bytes", "Room on the file system of the run's directory."),
     _gauge("last_checkpoint_timestamp_seconds", "Unix time of the last checkpoint."),
     _gauge("last_step_timestamp_seconds", "Unix time of the last reported step."),
     _gauge("start_timestamp_seconds", "Unix time at which the process opened its endpoint."),
@@ -94,8 +98,20 @@ _METRICS = (
     _counter("checkpoint_failures_total", "Checkpoints that could not be written"),
 )
 
+# What a process is asked for between two reports; where its main thread is, on its own account.
+PHASE, PHASE_SECONDS, STEP_SECONDS = "phase", "phase_duration_seconds", "step_duration_seconds"
+_LIVE = (
+    Metric(PHASE, "gauge", "1 for the phase that the process is in.", "phase"),
+    _gauge("phase_timestamp_seconds", "Unix time at which the process entered its phase."),
+    _counter("phases_total", "Phases that the process entered; all enter the same ones, so who has fewer is behind"),
+    _gauge("waiting", "1 while the main thread waits for other processes."),
+    Metric(PHASE_SECONDS, "histogram", "Time of a step in each of its phases, as the host sees it.", "phase"),
+    Metric(STEP_SECONDS, "histogram", "Duration of a step, waiting for data included, probes and saves not."),
+)
+
 CATALOG: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _METRICS})
-assert len(CATALOG) == len(_METRICS), "a name is listed twice"
+LIVE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _LIVE})
+assert len({*CATALOG, *LIVE}) == len(_METRICS) + len(_LIVE), "a name is listed twice"
 
 
 def check(metrics: Mapping[str, float]) -> None:

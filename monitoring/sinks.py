@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 from monitoring.console import ConsoleSink
 from monitoring.exporters.prometheus import PrometheusSink
 from monitoring.jsonl import JsonlSink
+from monitoring.live import Live
 from monitoring.metrics import check
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,9 @@ def build_sinks(
     local_rank: int,
     world_size: int,
     resume_step: int,
+    live: Callable[[], Live | None] = lambda: None,
 ) -> MetricSink:
-    """Open what this process reports to: console and metrics.jsonl on rank 0, an endpoint on every rank.
+    """Open what this process reports to: console and metrics.jsonl on rank 0, an endpoint, which asks `live`, on every.
 
     An endpoint that cannot be opened is one warning, never the end of a run.
     """
@@ -91,7 +93,15 @@ def build_sinks(
         try:
             port = config.port and config.port + local_rank
             sinks.append(
-                PrometheusSink(run_dir, run=run, rank=rank, world_size=world_size, address=config.address, port=port)
+                PrometheusSink(
+                    run_dir,
+                    run=run,
+                    rank=rank,
+                    world_size=world_size,
+                    address=config.address,
+                    port=port,
+                    live=live,
+                )
             )
         except (OSError, OverflowError) as error:
             log.warning("no metrics endpoint on %s: %s; the run goes on without.", config.address, error)

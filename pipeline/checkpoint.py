@@ -206,6 +206,7 @@ class Checkpointer:
             "checkpoint_seconds": time.monotonic() - save.began,
             "checkpoint_bytes": save.num_bytes,
             "checkpoints_total": self._saves,
+            "run_directory_free_bytes": shutil.disk_usage(self.directory).free,
             "last_checkpoint_timestamp_seconds": time.time(),
         }
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from monitoring.histogram import Histogram
+from monitoring.live import Live
+
 RECENT_STEPS = 100
 FILE_SECONDS = 5.0
 # Code in which a process waits for others, and nothing else.
@@ -41,6 +44,10 @@ class Phase(Enum):
     end = "end"
 
 
+# Of which a step is made.
+PARTS = (Phase.data, Phase.tune, Phase.forward, Phase.backward, Phase.step)
+
+
 class Place(NamedTuple):
     """A phase among all that a process has entered; replaced as a whole, so that no reader sees half of it."""
 
@@ -59,6 +66,11 @@ class Heartbeat:
         self.step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._began = time.monotonic()
         self._steps = 0
+        self._thread = threading.get_ident()
+        # Of the step that is under way; a phase may be entered more than once.
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._phase_seconds = {phase: Histogram() for phase in PARTS}
+        self._step_seconds = Histogram()
 
     def begin(self, step: int) -> None:
         """Begin the step after `step` steps; it waits for its batch."""
@@ -67,15 +79,42 @@ class Heartbeat:
 
     def enter(self, phase: Phase) -> None:
         """Begin the next phase."""
-        self.place = Place(self.place.entered + 1, phase, time.monotonic(), self.place.step)
+        now = time.monotonic()
+        self._leave(now)
+        self.place = Place(self.place.entered + 1, phase, now, self.place.step)
 
     def finish(self, step: int) -> None:
         """End the step, which makes `step` of them, and begin to report it."""
         now = time.monotonic()
+        self._leave(now)
         if self._steps:
             self.step_seconds.append(now - self._began)
         self._steps += 1
+        self._count(now)
         self.place = Place(self.place.entered + 1, Phase.report, now, step)
+
+    def live(self) -> Live | None:
+        """Return what the process says at this moment; None if it says nothing."""
+        place = self.place
+        waiting = in_collective(sys._current_frames().get(self._thread))
+        numbers = {
+            "phase_timestamp_seconds": time.time() - (time.monotonic() - place.since),
+            "phases_total": place.entered,
+            "waiting": float(waiting),
+        }
+        phases = {phase.value: histogram for phase, histogram in self._phase_seconds.items()}
+        return Live(place.phase.value, numbers, phases, self._step_seconds)
+
+    def _leave(self, now: float) -> None:
+        phase = self.place.phase
+        if phase in self._parts:
+            self._parts[phase] += now - self.place.since
+
+    def _count(self, now: float) -> None:
+        self._step_seconds.observe(now - self._began)
+        for phase, seconds in self._parts.items():
+            self._phase_seconds[phase].observe(seconds)
+            self._parts[phase] = 0.0
 
 
 class Unwatched(Heartbeat):
@@ -89,6 +128,10 @@ class Unwatched(Heartbeat):
 
     def finish(self, step: int) -> None:
         """Do nothing."""
+
+    def live(self) -> Live | None:
+        """Return nothing."""
+        return None
 
 
 UNWATCHED = Unwatched()

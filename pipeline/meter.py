@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from pipeline.checkpoint import TrainState
 from pipeline.engine import Engine, StepResult
 from pipeline.methods.base import Method
@@ -94,6 +96,7 @@ class Meter:
             "optimizer_bytes": engine.optimizer_bytes(),
             "last_step_timestamp_seconds": time.time(),
             "restarts": float(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            **_gpu_memory(),
         }
 
     def _rates(self) -> dict[str, float]:
@@ -129,6 +132,15 @@ class Meter:
     def _eta(self, progress: float) -> float:
         done = progress - (self._start_progress or 0.0)
         return self.elapsed * (1 - progress) / done if done > 0 else float("nan")
+
+
+def _gpu_memory() -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu_memory_bytes": torch.cuda.memory_allocated(),
+        "gpu_memory_peak_bytes": torch.cuda.max_memory_allocated(),
+    }
 
 
 def _layer_metrics(norms: list[float]) -> dict[str, float]:

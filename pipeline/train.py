@@ -91,7 +91,7 @@ def train(
     heartbeat: Heartbeat = UNWATCHED,
 ) -> int:
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
-    sinks = _open_sinks(config, world, state)
+    sinks = _open_sinks(config, world, state, heartbeat)
     meter = Meter(parts.method, parts.budget, config.batch_size)
     skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
     finished = _progress(parts.budget, state) >= 1
@@ -252,7 +252,7 @@ def build_tuner(config: TrainConfig, schedules: Schedules, method: Method, proce
     )
 
 
-def _open_sinks(config: TrainConfig, world: World, state: TrainState) -> MetricSink:
+def _open_sinks(config: TrainConfig, world: World, state: TrainState, heartbeat: Heartbeat) -> MetricSink:
     return build_sinks(
         config.monitor,
         config.directory,
@@ -261,6 +261,7 @@ def _open_sinks(config: TrainConfig, world: World, state: TrainState) -> MetricS
         local_rank=world.local_rank,
         world_size=world.size,
         resume_step=state.step,
+        live=heartbeat.live,
     )
 
 

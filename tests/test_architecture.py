@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.pieces",
     },
     "pipeline.preemption": set(),
-    "pipeline.heartbeat": set(),
+    "pipeline.heartbeat": {"monitoring.histogram", "monitoring.live"},
     "pipeline.peers": {"pipeline.distributed", "pipeline.heartbeat", "pipeline.preemption"},
     "pipeline.watchdog": {"pipeline.distributed", "pipeline.heartbeat", "pipeline.peers", "pipeline.preemption"},
     "pipeline.losses": {"pipeline.distributed"},

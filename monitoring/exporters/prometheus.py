@@ -9,18 +9,24 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from monitoring.metrics import CATALOG, PREFIX, TERMS, check
+from monitoring.live import Live
+from monitoring.metrics import CATALOG, LIVE, PHASE, PHASE_SECONDS, PREFIX, STEP_SECONDS, TERMS, check
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +42,23 @@ class PrometheusSink:
     process is killed, which is what the alert on a lost rank looks for.
     """
 
-    def __init__(self, run_dir: Path, *, run: str, rank: int, world_size: int, address: str, port: int) -> None:
-        """Open the endpoint, on any free port when `port` is 0 or taken.
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        run: str,
+        rank: int,
+        world_size: int,
+        address: str,
+        port: int,
+        live: Callable[[], Live | None] = lambda: None,
+    ) -> None:
+        """Open the endpoint, on any free port when `port` is 0 or taken; every scrape asks `live`.
 
         Raises:
             OSError: the address is not one of this machine, or the target file cannot be written.
         """
-        self._latest = _Latest({"start_timestamp_seconds": time.time()}, _run_info(world_size))
+        self._latest = _Latest({"start_timestamp_seconds": time.time()}, _run_info(world_size), live)
         registry = CollectorRegistry()
         registry.register(self._latest)
         self._server, self._thread = _serve(registry, address, port)
@@ -81,8 +97,8 @@ class PrometheusSink:
 class _Latest(Collector):
     """What a scrape sees. It comes on a thread of its own: the mapping is replaced, never changed."""
 
-    def __init__(self, values: dict[str, float], info: dict[str, str]) -> None:
-        self._values, self._info = values, info
+    def __init__(self, values: dict[str, float], info: dict[str, str], live: Callable[[], Live | None]) -> None:
+        self._values, self._info, self._live = values, info, live
 
     def update(self, values: Mapping[str, float]) -> None:
         # A term that a training report no longer has is gone; all else keeps its last value.
@@ -94,6 +110,24 @@ class _Latest(Collector):
         for name, value in self._values.items():
             metric = CATALOG[name]
             yield FAMILIES[metric.kind](PREFIX + name, metric.help, value=value)
+        live = self._live()
+        if live is not None:
+            yield from _families(live)
+
+
+def _families(live: Live) -> Iterator[Family]:
+    """Yield what a process says at the moment of a scrape."""
+    for name, value in live.numbers.items():
+        yield FAMILIES[LIVE[name].kind](PREFIX + name, LIVE[name].help, value=value)
+    phase = GaugeMetricFamily(PREFIX + PHASE, LIVE[PHASE].help, labels=[LIVE[PHASE].label])
+    phase.add_metric([live.phase], 1)
+    yield phase
+    phases = HistogramMetricFamily(PREFIX + PHASE_SECONDS, LIVE[PHASE_SECONDS].help, labels=[LIVE[PHASE_SECONDS].label])
+    for name, histogram in live.phase_seconds.items():
+        phases.add_metric([name], histogram.buckets(), histogram.total)
+    yield phases
+    steps = live.step_seconds
+    yield HistogramMetricFamily(PREFIX + STEP_SECONDS, LIVE[STEP_SECONDS].help, steps.buckets(), steps.total)
 
 
 def _run_info(world_size: int) -> dict[str, str]:

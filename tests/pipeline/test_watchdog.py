@@ -315,12 +315,38 @@ def test_steps_are_measured_without_probes_saves_and_the_first(monkeypatch: pyte
     assert heartbeat.place.step == 3
 
 
+def test_every_phase_of_a_step_is_counted_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipeline.heartbeat.time.monotonic", lambda: now[0])
+    heartbeat = Heartbeat()
+    # Twice forward and backward: a batch in parts.
+    phases = (Phase.tune, Phase.forward, Phase.backward, Phase.forward, Phase.backward, Phase.step)
+    for step in range(3):
+        heartbeat.begin(step)
+        now[0] += 0.5
+        for seconds, phase in enumerate(phases, start=1):
+            heartbeat.enter(phase)
+            now[0] += seconds
+        heartbeat.finish(step + 1)
+        heartbeat.enter(Phase.save)
+        now[0] += 100
+    live = heartbeat.live()
+    assert live is not None
+    totals = {name: histogram.total for name, histogram in live.phase_seconds.items()}
+    assert totals == {"data": 1.5, "tune": 3, "forward": 18, "backward": 24, "step": 18}
+    assert {histogram.buckets()[-1] for histogram in live.phase_seconds.values()} == {("+Inf", 3.0)}
+    assert live.step_seconds.total == sum(totals.values())
+    assert live.phase == "save"
+    assert live.numbers["phases_total"] == heartbeat.place.entered == 27
+
+
 def test_what_nobody_watches_costs_and_keeps_nothing() -> None:
     before = UNWATCHED.place
     UNWATCHED.begin(1)
     UNWATCHED.enter(Phase.forward)
     UNWATCHED.finish(2)
     assert UNWATCHED.place is before
+    assert UNWATCHED.live() is None
     heartbeat, begin = Heartbeat(), time.perf_counter()
     for _ in range(10_000):
         heartbeat.enter(Phase.forward)

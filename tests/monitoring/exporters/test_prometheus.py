@@ -5,12 +5,29 @@ import urllib.request
 import pytest
 
 from monitoring.exporters.prometheus import PrometheusSink
-from monitoring.metrics import CATALOG, PREFIX
+from monitoring.histogram import Histogram
+from monitoring.live import Live
+from monitoring.metrics import CATALOG, LIVE, PREFIX
 
 
 @pytest.fixture
 def sink(tmp_path):
     sink = PrometheusSink(tmp_path / "a", run="a", rank=0, world_size=1, address="127.0.0.1", port=0)
+    yield sink
+    sink.close()
+
+
+def live():
+    steps = Histogram()
+    for seconds in (0.002, 0.01, 0.011, 1000.0):
+        steps.observe(seconds)
+    numbers = {"phase_timestamp_seconds": 5.0, "phases_total": 7.0, "waiting": 1.0}
+    return Live("forward", numbers, {"data": Histogram(), "forward": steps}, steps)
+
+
+@pytest.fixture
+def live_sink(tmp_path):
+    sink = PrometheusSink(tmp_path / "b", run="b", rank=0, world_size=1, address="127.0.0.1", port=0, live=live)
     yield sink
     sink.close()
 
@@ -53,6 +70,27 @@ def test_promtool_has_nothing_to_say_against_the_names(sink, program):
     complaints = [line for line in result.stderr.splitlines() if line.strip()]
     # A total budget is not a counter, and the name says what it is.
     assert complaints == ['coldpress_budget_total non-counter metrics should not have "_total" suffix']
+
+
+def test_every_scrape_asks_where_the_process_is(live_sink, program):
+    text = scrape(live_sink)
+    for metric in LIVE.values():
+        assert f"# TYPE {PREFIX}{metric.name} {metric.kind}" in text
+    assert 'coldpress_phase{phase="forward"} 1.0' in text
+    assert "coldpress_phases_total 7.0" in text
+    lines = [line.split() for line in text.splitlines() if line.startswith("coldpress_step_duration_seconds")]
+    counts = {name.removeprefix("coldpress_step_duration_seconds"): float(value) for name, value in lines}
+    # By hand: a bound belongs to its bucket.
+    assert counts['_bucket{le="0.001"}'] == 0
+    assert counts['_bucket{le="0.003"}'] == 1
+    assert counts['_bucket{le="0.01"}'] == 2
+    assert counts['_bucket{le="0.03"}'] == 3
+    assert counts['_bucket{le="60"}'] == 3
+    assert counts['_bucket{le="+Inf"}'] == counts["_count"] == 4
+    assert counts["_sum"] == pytest.approx(1000.023)
+    assert 'coldpress_phase_duration_seconds_count{phase="data"} 0.0' in text
+    result = subprocess.run([program("promtool"), "check", "metrics"], input=text, text=True, capture_output=True)
+    assert not result.stderr.strip()
 
 
 def test_info_says_what_is_running(tmp_path, monkeypatch):

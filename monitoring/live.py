@@ -1,0 +1,19 @@
+"""What a process says of itself at any moment, also where its main thread is held up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from monitoring.histogram import Histogram
+
+
+@dataclass(frozen=True)
+class Live:
+    """Where a process is, and how long its steps and their phases have taken."""
+
+    phase: str
+    # By names of the catalogue.
+    numbers: Mapping[str, float]
+    phase_seconds: Mapping[str, Histogram]
+    step_seconds: Histogram
