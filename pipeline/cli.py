@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("data.verify", "re-derive a sharded set and compare it with its manifest"),
     "plan": ("pipeline.plan", "what a training run would do and cost; runs nothing"),
     "train": ("pipeline.train", "pre-train, or go on where the run was stopped"),
+    "doctor": ("pipeline.doctor", "machine, disks, shards, and a run in small, before a run is started"),
     "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
     "analyze": (
         "pipeline.analyze",

@@ -28,6 +28,7 @@ ROOTS: dict[str, tuple[str, str]] = {
     "verify": ("data.verify", "VerifyConfig"),
     "plan": (RUNS, "PlanConfig"),
     "train": (RUNS, "TrainConfig"),
+    "doctor": (RUNS, "DoctorConfig"),
     "evaluate": (RUNS, "EvaluateConfig"),
     "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),

@@ -116,6 +116,24 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass
+class DoctorConfig(TrainConfig):
+    """A pre-training run to try before it is started; without data.shards, the machine alone."""
+
+    run: str = "doctor"
+    # Only stages count here, and a budget without them is as good as any.
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(1000))
+    # Samples that each process reads and holds against their checksums.
+    samples: int = 256
+    # Leave out what takes longer than reading: batches, steps and a checkpoint.
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}; 256 is usual.")
+
+
+@dataclass
 class EvaluateConfig:
     """Evaluation of one run's encoder."""
 

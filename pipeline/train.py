@@ -67,7 +67,7 @@ def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequ
         directory.open(overrides)
     watchdog.open(config.directory / "heartbeats")
     _announce(config, world, parts, state)
-    prewarm(parts.method, _plans_ahead(parts, state), config.batch_size // world.size, world.device)
+    prewarm(parts.method, plans_ahead(parts, state), config.batch_size // world.size, world.device)
     try:
         return train(config, world, stop, parts, state, directory, watchdog.heartbeat)
     except ValueError as error:
@@ -269,7 +269,7 @@ def _progress(budget: Budget, state: TrainState) -> float:
     return budget.progress(steps=state.step, samples=state.samples, cost=state.cost)
 
 
-def _plans_ahead(parts: Parts, state: TrainState) -> list[StepPlan]:
+def plans_ahead(parts: Parts, state: TrainState) -> list[StepPlan]:
     """Return one plan of each shape that the rest of the run has."""
     now = _progress(parts.budget, state)
     edges = [now, *(p for p in parts.schedules.changes() if p > now), 1.0]

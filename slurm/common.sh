@@ -10,6 +10,8 @@ readonly EXIT_STOPPED=75
 readonly EXIT_HUNG=76
 # From here on, the shell's codes for "killed by a signal": a lost node, no memory.
 readonly EXIT_KILLED=128
+# What a site may set: not PATH, LD_PRELOAD and the like, which would change what runs.
+readonly SITE_PREFIXES='COLDPRESS_|NCCL_|TORCH_NCCL_|GLOO_|UCX_|FI_|OMP_|CUDA_'
 # So many lives in a row may end without a new checkpoint.
 readonly MAX_IDLE_LIVES=3
 
@@ -24,15 +26,70 @@ say() {
     printf '%s job %s.%s: %s\n' "$(date -Is)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$*"
 }
 
-# Print the path of the coldpress command: in COLDPRESS_BIN, in .venv beside slurm/, or on the PATH.
+# Take NAME=VALUE lines of slurm/site.env (or of the file in COLDPRESS_SITE) into the environment, as they are: nothing
+# in them is run. What the submitting shell says comes first.
+read_site() {
+    local file=${COLDPRESS_SITE:-$SLURM_SUBMIT_DIR/slurm/site.env} line number=0
+    if [[ -e $file ]]; then
+        while IFS= read -r line || [[ -n $line ]]; do
+            number=$((number + 1))
+            take_line "$line" || {
+                say "$file:$number must be NAME=VALUE, NAME beginning with one of ${SITE_PREFIXES//|/, }." >&2
+                return 2
+            }
+        done <"$file"
+    fi
+    if [[ -n ${COLDPRESS_INTERFACE:-} ]]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$COLDPRESS_INTERFACE}
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$COLDPRESS_INTERFACE}
+    fi
+    read -ra srun_options <<<"${COLDPRESS_SRUN_OPTIONS:-}"
+    load_modules
+}
+
+take_line() {
+    [[ ! $1 =~ ^[[:space:]]*(#|$) ]] || return 0
+    [[ $1 =~ ^(($SITE_PREFIXES)[A-Z0-9_]*)=(.*)$ ]] || return 1
+    [[ -v ${BASH_REMATCH[1]} ]] || export "${BASH_REMATCH[1]}=${BASH_REMATCH[3]}"
+}
+
+# Load the environment modules in COLDPRESS_MODULES, words with spaces between them.
+load_modules() {
+    local modules
+    read -ra modules <<<"${COLDPRESS_MODULES:-}"
+    ((${#modules[@]})) || return 0
+    if ! command -v module >/dev/null; then
+        say "COLDPRESS_MODULES=$COLDPRESS_MODULES, and the shell of this job has no module command." >&2
+        return 2
+    fi
+    module load "${modules[@]}" || return 2
+}
+
+# Print the path of the coldpress command: in COLDPRESS_BIN, in .venv beside slurm/, or on the PATH. In a container this
+# shell cannot look.
 find_coldpress() {
     local bin=${COLDPRESS_BIN:-$SLURM_SUBMIT_DIR/.venv/bin}
-    if [[ -x $bin/coldpress ]]; then
+    if [[ ${COLDPRESS_SRUN_OPTIONS:-} == *--container-image* ]]; then
+        echo "${COLDPRESS_BIN:+$COLDPRESS_BIN/}coldpress"
+    elif [[ -x $bin/coldpress ]]; then
         echo "$bin/coldpress"
     elif [[ -n ${COLDPRESS_BIN:-} ]] || ! command -v coldpress; then
         say "no coldpress in $bin; run make install in $SLURM_SUBMIT_DIR or say COLDPRESS_BIN=DIR." >&2
         return 2
     fi
+}
+
+# Print the words of this array task's line of the file in COLDPRESS_SWEEP, one a line. Quotes keep spaces together;
+# nothing is run.
+sweep_words() {
+    [[ -n ${COLDPRESS_SWEEP:-} ]] || return 0
+    local line
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID:-0}p" "$COLDPRESS_SWEEP" 2>/dev/null)
+    if [[ -z ${line// /} ]]; then
+        say "$COLDPRESS_SWEEP has no line ${SLURM_ARRAY_TASK_ID:-for a job that is no array}; say --array=1-LINES." >&2
+        return 2
+    fi
+    xargs printf '%s\n' <<<"$line"
 }
 
 # Let every task find the first node. What the submitting shell had of another launcher would make every task
@@ -42,6 +99,15 @@ export_rendezvous() {
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    while listens "$MASTER_ADDR" "$MASTER_PORT"; do
+        say "somebody listens on port $MASTER_PORT; taking the next"
+        MASTER_PORT=$((MASTER_PORT + 1))
+    done
+}
+
+# Return whether somebody listens on a port of a host: listens HOST PORT
+listens() {
+    (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null
 }
 
 # Print the value of the last NAME=VALUE among the arguments: value_of NAME DEFAULT ARGUMENT...
@@ -51,6 +117,15 @@ value_of() {
         [[ $argument != "$name="* ]] || value=${argument#*=}
     done
     echo "$value"
+}
+
+# Of COLDPRESS_SRUN_OPTIONS: a container's, for instance.
+srun_options=()
+
+# With COLDPRESS_CHECKUP=true look at all nodes, the network between them and the disks: check_nodes COLDPRESS ARGUMENT...
+check_nodes() {
+    [[ ${COLDPRESS_CHECKUP:-false} == true ]] || return 0
+    srun "${srun_options[@]}" --kill-on-bad-exit=0 --wait=60 "$1" doctor "${@:2}" quick=true
 }
 
 cancelled=''
@@ -64,7 +139,7 @@ signaled=''
 run_tasks() {
     trap 'signaled=1; cancelled=1' TERM
     trap 'signaled=1; [[ -z $step_pid ]] || kill -USR2 "$step_pid"' USR2
-    srun --kill-on-bad-exit=0 --wait=60 --label "$@" &
+    srun "${srun_options[@]}" --kill-on-bad-exit=0 --wait=60 --label "$@" &
     step_pid=$!
     local code
     while signaled=''; do

@@ -10,7 +10,18 @@ REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted(p for room in ("pipeline", "data", "monitoring") for p in (REPOSITORY / room).rglob("*.py"))
 COMMANDS = {
     f"pipeline.{name}"
-    for name in ("train", "plan", "evaluate", "analyze", "bench", "compare", "compare_freezing", "study", "demo")
+    for name in (
+        "train",
+        "doctor",
+        "plan",
+        "evaluate",
+        "analyze",
+        "bench",
+        "compare",
+        "compare_freezing",
+        "study",
+        "demo",
+    )
 }
 
 # A room may import itself and what stands here; what is not listed is forbidden. Longest name first wins.
@@ -149,6 +160,14 @@ ARROWS: dict[str, set[str]] = {
         "data",
     },
     "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.dali", "data.manifest", "data.views"},
+    "pipeline.checkups": {
+        "data",
+        "pipeline.checkpoint",
+        "pipeline.distributed",
+        "pipeline.engine",
+        "pipeline.schedules",
+    },
+    "pipeline.doctor": {"pipeline.train"},
     "pipeline.plan": {"pipeline.train"},
     "pipeline.analyze": {"pipeline.train"},
     "pipeline.cli": {"pipeline.compose", "pipeline.preemption", "data.verify"},

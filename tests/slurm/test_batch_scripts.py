@@ -1,6 +1,7 @@
 """The batch scripts under a real Slurm; what they start is a few lines of shell that play one ending of a run."""
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Desk:
         self.log = directory / "log"
         (directory / "bin").mkdir()
 
-    def submit(self, body, *arguments, script="train.sbatch", options=()):
+    def submit(self, body, *arguments, script="train.sbatch", options=(), **environment):
         command = self.directory / "bin" / "coldpress"
         command.write_text(body if body.startswith("#!") else f"#!/bin/bash\n{body}")
         command.chmod(0o755)
@@ -47,12 +48,13 @@ class Desk:
             COLDPRESS_BIN=str(command.parent),
             RECORDS=str(self.directory),
             RUN=str(self.directory / "runs" / "a"),
+            **environment,
         )
 
-    def train(self, body, *options):
+    def train(self, body, *options, **environment):
         """Submit a run of one task."""
         options = [*options, "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-        return self.submit(body, "run=a", f"runs={self.directory / 'runs'}", options=options)
+        return self.submit(body, "run=a", f"runs={self.directory / 'runs'}", options=options, **environment)
 
     def wait_for(self, text, count=1):
         end = time.monotonic() + 60
@@ -194,3 +196,107 @@ def test_a_missing_installation_is_one_sentence(desk, tmp_path):
     assert desk.slurm.wait(job)["ExitCode"] == "2:0"
     [line] = desk.log.read_text().splitlines()
     assert f"no coldpress in {tmp_path}/nowhere; " in line
+
+
+def test_every_task_analyzes(desk, tmp_path):
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    job = desk.submit(RECORD, "run=a b", script="analyze.sbatch", options=options)
+    assert desk.slurm.wait(job)["JobState"] == "COMPLETED", desk.log.read_text()
+    tasks = records(tmp_path)
+    assert len(tasks) == 2
+    for task in tasks.values():
+        assert task["argv"] == ["analyze", "run=a b"]
+        assert task["env"]["MASTER_ADDR"] == desk.slurm.nodes[0].name
+
+
+def test_what_a_site_says_is_read_and_not_run(desk, tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text(
+        "# comment\n\n"
+        "NCCL_DEBUG=WARN\n"
+        f'COLDPRESS_NOTE=$(touch {tmp_path}/run) `id` "a b" # all of it\n'
+        "COLDPRESS_INTERFACE=ib7\n"
+        "GLOO_SOCKET_IFNAME=eth7\n"
+        "OMP_PLACES=cores\n"
+        "COLDPRESS_SRUN_OPTIONS=--export=ALL,MARK=7 --quiet\n"
+        "COLDPRESS_BIN=/somewhere/else"
+    )
+    job = desk.train(RECORD, COLDPRESS_SITE=str(site), OMP_PLACES="threads")
+    assert desk.slurm.wait(job)["JobState"] == "COMPLETED", desk.log.read_text()
+    [task] = records(tmp_path).values()
+    expected = {
+        "NCCL_DEBUG": "WARN",
+        "COLDPRESS_NOTE": f'$(touch {tmp_path}/run) `id` "a b" # all of it',
+        "NCCL_SOCKET_IFNAME": "ib7",
+        "GLOO_SOCKET_IFNAME": "eth7",
+        # The submitting shell's.
+        "OMP_PLACES": "threads",
+        "MARK": "7",
+    }
+    assert {name: task["env"][name] for name in expected} == expected
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("line", ["LD_PRELOAD=/tmp/x.so", "PATH=/tmp", "module load cuda", "COLDPRESS_BIN = /opt"])
+def test_a_site_says_nothing_else(line, desk, tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text(f"NCCL_DEBUG=WARN\n{line}\n")
+    job = desk.train(RECORD, COLDPRESS_SITE=str(site))
+    assert desk.slurm.wait(job)["ExitCode"] == "2:0"
+    assert f"{site}:2 must be NAME=VALUE" in desk.log.read_text()
+    assert not records(tmp_path)
+
+
+def test_modules_without_a_module_command_are_one_sentence(desk, tmp_path):
+    job = desk.train(RECORD, COLDPRESS_MODULES="cuda/13.0 gcc")
+    assert desk.slurm.wait(job)["ExitCode"] == "2:0"
+    assert "COLDPRESS_MODULES=cuda/13.0 gcc, and the shell of this job has no module command." in desk.log.read_text()
+
+
+def test_a_port_that_is_taken_is_left_to_who_has_it(desk, tmp_path):
+    job = desk.train(RECORD, "--hold")
+    port = 20000 + int(job) % 10000
+    with socket.create_server(("0.0.0.0", port)):
+        desk.slurm.run("scontrol", "release", job)
+        assert desk.slurm.wait(job)["JobState"] == "COMPLETED", desk.log.read_text()
+    [task] = records(tmp_path).values()
+    assert task["env"]["MASTER_PORT"] == str(port + 1)
+    assert f"somebody listens on port {port}" in desk.log.read_text()
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_nodes_are_looked_at_first_where_a_site_wants_it(healthy, desk):
+    body = f"echo $*\n[[ $1 != doctor ]] || exit {0 if healthy else 1}"
+    job = desk.train(body, COLDPRESS_CHECKUP="true")
+    ended = desk.slurm.wait(job)
+    said = desk.log.read_text()
+    assert f"doctor run=a runs={desk.directory}/runs quick=true" in said
+    assert ended["ExitCode"] == ("0:0" if healthy else "1:0"), said
+    assert ("train run=a" in said) is healthy
+    assert ("not started: see above" in said) is not healthy
+
+
+def test_a_sweep_is_an_array_with_a_line_for_each_run(desk, tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("run=a rate.base=1\nrun=b 'note=two words $(id) \"q\"'\n")
+    record = RECORD.replace("SLURM_PROCID", "SLURM_ARRAY_TASK_ID")
+    options = ["--array=1-3", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    job = desk.submit(record, "seed=7", options=options, COLDPRESS_SWEEP=str(sweep))
+    for task, state in (("1", "COMPLETED"), ("2", "COMPLETED"), ("3", "FAILED")):
+        assert desk.slurm.wait(f"{job}_{task}")["JobState"] == state, desk.log.read_text()
+    found = records(tmp_path)
+    assert found["coldpress-1"]["argv"] == ["train", "seed=7", "run=a", "rate.base=1"]
+    assert found["coldpress-2"]["argv"] == ["train", "seed=7", "run=b", 'note=two words $(id) "q"']
+    assert len({task["env"]["MASTER_PORT"] for task in found.values()}) == 2
+    assert f"{sweep} has no line 3" in desk.log.read_text()
+
+
+def test_where_jobs_are_not_requeued_a_chain_goes_on(desk):
+    # The first life saves and leaves, the second finishes.
+    body = f"[[ -e $RUN/checkpoints/latest ]] && echo finished && exit 0\n{ADVANCE}exit 75"
+    options = ["--no-requeue", "--dependency=singleton", "--job-name=chain"]
+    jobs = [desk.train(body, *options) for _ in range(2)]
+    assert [desk.slurm.wait(job)["ExitCode"] for job in jobs] == ["75:0", "0:0"]
+    said = desk.log.read_text()
+    assert "Slurm does not requeue this job: submit it again" in said
+    assert said.count("finished") == 1
