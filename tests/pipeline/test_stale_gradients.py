@@ -7,7 +7,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.engine import Engine
-from pipeline.engine_config import EngineConfig, Precision
+from pipeline.engine_config import EngineConfig, Offload, Precision
 from pipeline.methods.base import Batch, StepOutput
 from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.models.vit import ViT, ViTConfig
@@ -25,22 +25,36 @@ class Sometimes(MoCo):
         return StepOutput(self.projector(features).square().mean() + features.square().mean(), {})
 
 
-def norms(stage: int, make_batch: Callable[..., Batch]) -> list[float]:
+def norms(stage: int, make_batch: Callable[..., Batch], offload: Offload = Offload.none) -> list[float]:
     distributed.start()
     torch.manual_seed(0)
     vit = ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17)
     method = Sometimes(MoCoConfig(hidden_dim=64, out_dim=32), ViT(vit, seed=0))
     # Clipped by the global norm, which must not count what is left of earlier steps.
-    engine = Engine(
-        method, EngineConfig(Precision.fp32, stage), OptimConfig(clip=0.5), local_batch=8, device=torch.device("cpu")
-    )
+    config = EngineConfig(Precision.fp32, stage, offload, layer_norms=True)
+    engine = Engine(method, config, OptimConfig(clip=0.5), local_batch=8, device=torch.device("cpu"))
+    left_out = {id(p) for p in method.predictor.parameters()}
     found = []
     for step in range(6):
         engine.step(make_batch(start=8 * step), StepPlan(step / 6, 1e-3, 0.1, 0.9, (1e-3,) * 4))
         found.append(engine.grad_norm())
+        measured = zip(engine._norms._members, engine._norms.squares.tolist(), strict=True)
+        left = [square for parameter, square in measured if id(parameter) in left_out]
+        assert sum(left) > 1.0 if step < 3 else not any(left), (step, left)
     return found
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_of_earlier_steps_are_gone(stage: int, make_batch: Callable[..., Batch]) -> None:
-    assert norms(stage, make_batch) == pytest.approx(norms(0, make_batch), rel=1e-4)
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        (1, Offload.none),
+        (2, Offload.none),
+        (3, Offload.none),
+        (1, Offload.optimizer),
+        (2, Offload.optimizer),
+        (3, Offload.optimizer),
+        (3, Offload.parameters),
+    ],
+)
+def test_gradients_of_earlier_steps_are_gone(stage: int, offload: Offload, make_batch: Callable[..., Batch]) -> None:
+    assert norms(stage, make_batch, offload) == pytest.approx(norms(0, make_batch), rel=1e-4)
