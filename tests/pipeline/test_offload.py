@@ -65,25 +65,36 @@ SCRIPT = """
             torch.testing.assert_close(ours.double(), average[:count], atol=1e-6, rtol=1e-6)
             assert torch.equal(local(encoder.parameters[name]).reshape(-1)[:count], ours.to(DTYPE))
 
-    def run(stage, offload):
-        torch.manual_seed(0)
+    def start(stage, offload, seed):
+        torch.manual_seed(seed)
         vit = ViT(ViTConfig("vit_tiny_patch16_224", 16, 8, 24, 2, 3, reference_length=5), seed=0)
         heads = dict(out_dim=24, hidden_dim=40, bottleneck_dim=16, small_crops=1, small_size=8)
         method = build_method(DINOConfig(**heads), vit)
         config = EngineConfig(PRECISION, stage, Offload(offload), MICRO_BATCH, layer_norms=True)
         optim = OptimConfig(**OPTIM)
-        one = engine.Engine(method, config, optim, local_batch=LOCAL, device=world.device)
+        return engine.Engine(method, config, optim, local_batch=LOCAL, device=world.device)
+
+    def step(one, number):
+        result = one.step(batch(one.method, number), plan(number))
+        assert result.applied
+        return (float(result.loss), one.grad_norm(), *one.layer_norms(), one.optimizer_bytes())
+
+    def run(stage, offload):
+        one, steps = start(stage, offload, seed=0), []
+        method, path = one.method, Path("{folder}") / f"{{stage}}-{{offload}}"
         (encoder,) = method.momentum_encoders()
         averages = {{name: method.state()[name].reshape(-1).double() for name in encoder.parameters}}
-        steps = []
-        for step in range(10):
-            result = one.step(batch(method, step), plan(step))
-            assert result.applied
-            steps.append((result.loss, one.grad_norm(), *one.layer_norms(), one.optimizer_bytes()))
+        for number in range(10):
+            steps.append(step(one, number))
             follow(method, averages, 0.9)
-        path = Path("{folder}") / f"{{stage}}-{{offload}}"
+            if number == 6:
+                one.save(path / "halfway")
         one.save(path)
         dist.barrier()
+        if offload != "none":
+            again = start(stage, offload, seed=1)
+            again.load(path / "halfway")
+            assert [step(again, number) for number in (7, 8, 9)] == steps[7:], f"stage {{stage}}, {{offload}}: resumed"
         reader = Reader(path)
         return torch.tensor(steps, dtype=torch.float64), reader.facts, {{n: reader.whole(n) for n in reader.names}}
 
@@ -91,7 +102,7 @@ SCRIPT = """
         assert within or torch.equal(one, two), what
         torch.testing.assert_close(one, two, atol=within, rtol=within, msg=lambda m: f"{{what}}: {{m}}")
 
-    for stage, offloads in ((1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer", "parameters"])):
+    for stage, offloads in {places}.items():
         steps, facts, tensors = run(stage, "none")
         for offload in offloads:
             found, said, there = run(stage, offload)
@@ -111,14 +122,16 @@ SCRIPT = """
     os._exit(0)
     """
 
+EVERY = {1: ["optimizer"], 2: ["optimizer"], 3: ["optimizer", "parameters"]}
+
 
 @pytest.mark.parametrize(
-    ("precision", "ranks", "micro_batch", "optim", "tolerances"),
+    ("precision", "ranks", "places", "micro_batch", "optim", "tolerances"),
     [
-        ("fp32", 1, 4, {"clip": 0.5}, (1e-4, 1e-6, 1e-6)),
-        ("fp32", 2, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
-        ("bf16", 1, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
-        ("bf16", 2, 2, {"clip": 0.5}, (1e-2, 1e-2, 1e-2)),
+        ("fp32", 1, EVERY, 4, {"clip": 0.5}, (1e-4, 1e-6, 1e-6)),
+        ("bf16", 1, EVERY, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
+        ("fp32", 2, {2: ["optimizer"], 3: ["parameters"]}, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
+        ("bf16", 2, {1: ["optimizer"], 3: ["optimizer"]}, 2, {"clip": 0.5}, (1e-2, 1e-2, 1e-2)),
     ],
 )
 def test_steps_are_those_of_the_same_stage_without_offload(
@@ -126,12 +139,19 @@ def test_steps_are_those_of_the_same_stage_without_offload(
     tmp_path: Path,
     precision: str,
     ranks: int,
+    places: dict[int, list[str]],
     micro_batch: int,
     optim: dict[str, float],
     tolerances: tuple[float, float, float],
 ) -> None:
-    told = {"precision": precision, "micro_batch": micro_batch, "optim": optim, "tolerances": tolerances}
-    script = SCRIPT.format(folder=tmp_path / "saved", **told)
+    told = {
+        "precision": precision,
+        "places": places,
+        "micro_batch": micro_batch,
+        "optim": optim,
+        "tolerances": tolerances,
+    }
+    script = SCRIPT.format(folder=tmp_path / "saved", tolerances=tolerances, **told)
     assert [said.strip() for said in run_ranks(script, ranks)] == ["same"] * ranks
 
 

@@ -18,8 +18,13 @@ from pipeline.schedules import StepPlan
 
 MakeMoCo = Callable[..., MoCo]
 MakeBatch = Callable[..., object]
-PLACES = [*((stage, Offload.none) for stage in (0, 1, 2, 3)), *((stage, Offload.optimizer) for stage in (1, 2, 3))]
-EVERY = [(*place, precision) for place in (*PLACES, (3, Offload.parameters)) for precision in Precision]
+EVERY = [
+    *((stage, Offload.none, precision) for stage in (0, 1, 2, 3) for precision in Precision),
+    (1, Offload.optimizer, Precision.bf16),
+    (2, Offload.optimizer, Precision.fp32),
+    (3, Offload.optimizer, Precision.fp32),
+    (3, Offload.parameters, Precision.bf16),
+]
 
 
 @pytest.fixture(autouse=True)
