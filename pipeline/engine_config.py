@@ -19,12 +19,12 @@ class Precision(Enum):
 
 
 class Offload(Enum):
-    """What of what ZeRO shards is kept in the memory of the host, where the optimizer steps then, too."""
+    """Which part of what ZeRO shards is in the memory of the host; the optimizer then steps there."""
 
     none = "none"
     # Master weights, moments and the gradients that reach them; stages 1 to 3.
     optimizer = "optimizer"
-    # The weights, too, those of momentum encoders among them; stage 3.
+    # Weights, too, and momentum encoders, which then move there; stage 3.
     parameters = "parameters"
 
 
@@ -35,7 +35,7 @@ class EngineConfig:
     precision: Precision = Precision.bf16
     # Of ZeRO: what is sharded over the processes. 0: nothing, 1: optimizer state, 2: gradients, 3: weights, too.
     stage: int = 1
-    # What waits in the memory of the host: less of the GPU's, slower steps. Training is the same.
+    # What waits in the memory of the host: less of the GPU's, slower steps. Training is the same up to rounding.
     offload: Offload = Offload.none
     # So many samples of each process go through the networks at once, and gradients add up: less memory, the same step.
     # Only for losses that are means over samples. 0 takes all.

@@ -85,9 +85,10 @@ def forget_gradients(optimizer: Any) -> None:
     if offloaded(optimizer):
         for _, master in masters(optimizer):
             master.grad.zero_()
-        # Of parts of a batch at ZeRO 2; in bf16 a step that is skipped would leave its nan in the others.
+        # At ZeRO 2 in fp32 the parts of a batch add up in these.
         for gradient in getattr(optimizer, "accumulated_grads_in_cpu", {}).values():
             gradient.zero_()
+        # In bf16 they add up here, which DeepSpeed forgets to clear when it skips a step: all others would be nan, too.
         optimizer.averaged_gradients.clear()
 
 
@@ -108,7 +109,7 @@ def retire(engine: Any) -> None:
     for parameter in engine.module.parameters():
         # In bf16 each is a view of its group's gradients, which it would keep alive; no public call lets go of it.
         parameter.__dict__.pop("_hp_grad", None)
-        # With offload each knows its optimizer, which who is frozen would keep.
+        # With offload each knows its optimizer, whose memory those that are frozen would keep.
         parameter.__dict__.pop("_zero_optimizer", None)
 
 
