@@ -144,14 +144,8 @@ def test_steps_are_those_of_the_same_stage_without_offload(
     optim: dict[str, float],
     tolerances: tuple[float, float, float],
 ) -> None:
-    told = {
-        "precision": precision,
-        "places": places,
-        "micro_batch": micro_batch,
-        "optim": optim,
-        "tolerances": tolerances,
-    }
-    script = SCRIPT.format(folder=tmp_path / "saved", tolerances=tolerances, **told)
+    told = {"places": places, "micro_batch": micro_batch, "optim": optim, "tolerances": tolerances}
+    script = SCRIPT.format(folder=tmp_path / "saved", precision=precision, **told)
     assert [said.strip() for said in run_ranks(script, ranks)] == ["same"] * ranks
 
 
