@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import accumulation, engine_state, optimizer_state, pieces
-from pipeline.engine_config import SHARDED, EngineConfig, Precision, deepspeed_options, merged
+from pipeline.engine_config import SHARDED, EngineConfig, Offload, Precision, deepspeed_options, merged
 from pipeline.gradients import TensorNorms
 from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.methods.base import Batch, Method, StepOutput
@@ -117,10 +117,11 @@ class Engine:
         self._measure_and_clip()
         finite = self._drop_unless_finite()
         self._engine.step()
-        if self._config.stage == SHARDED:
-            # A gradient that does not come would stay what it was.
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        optimizer_state.forget_gradients(self._engine.optimizer)
         applied = finite and bool(self._engine.was_step_applied())
+        if self._config.offload is Offload.parameters and torch.cuda.is_available():
+            # A momentum encoder writes weights on the host, which gathers that are under way may still read.
+            torch.cuda.synchronize()
         if applied:
             self.method.after_step(plan, output)
         if plan.last_layer_rate == 0.0:
@@ -234,7 +235,7 @@ class Engine:
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=self._exposed,
-            optimizer=adamw(groups, self._optim),
+            optimizer=adamw(groups, self._optim, on_host=self._config.offload is not Offload.none),
             config=self._options(),
             dist_init_required=False,
         )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.optimizer_state import members, sharded
+from pipeline.optimizer_state import fragments, members, offloaded, sharded
 
 
 class TensorNorms:
@@ -16,7 +16,8 @@ class TensorNorms:
 
     Measure and clip between backward and step, when gradients are averaged over the processes. At ZeRO stages 1 and 2
     each process holds the pieces in its own partition, which may cut a tensor, at stage 3 a shard of every tensor; at
-    stage 0, and at stage 1 in bf16, each holds the whole. Nothing here waits for the device.
+    stage 0, and at stage 1 in bf16, each holds the whole. Nothing here waits for the device, but with offload: then
+    pieces and norms are on the host.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -28,8 +29,13 @@ class TensorNorms:
             self._in_part = [[*parameters] for _, parameters in groups]
         self._names = [name for name, parameters in groups for _ in parameters]
         self._members: list[Tensor] = [p for _, parameters in groups for p in parameters]
-        self._device = self._members[0].device
         mine = self._members if self._in_part is None else [p for part in self._in_part for p in part]
+        # With offload each master keeps its gradient beside it.
+        self._on_host = list(fragments(optimizer, dist.get_rank())) if offloaded(optimizer) else None
+        if self._on_host is not None:
+            mine = [each.parameter for each in self._on_host]
+        # Squares are where the gradients are: both backends of the process group add them up.
+        self._device = self._members[0].device if self._on_host is None else torch.device("cpu")
         number = {id(p): i for i, p in enumerate(self._members)}
         # Which tensor each piece belongs to, where every step has the same pieces.
         self._tensor_of = torch.tensor([number[id(p)] for p in mine], device=self._device)
@@ -39,6 +45,9 @@ class TensorNorms:
     def measure(self) -> None:
         """Set `squares`, fp32 [tensors], to the squared norms before any clipping."""
         self.squares.zero_()
+        if self._on_host is not None and torch.cuda.is_available():
+            # Gradients are copied to the host by streams of DeepSpeed's own.
+            torch.cuda.synchronize()
         tensor_of, pieces = self._pieces()
         if pieces:
             norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
@@ -78,6 +87,8 @@ class TensorNorms:
     def _pieces(self) -> tuple[Tensor, list[Tensor]]:
         """Return the tensor that each of this process's pieces of gradients belongs to, and the pieces."""
         optimizer = self._optimizer
+        if self._on_host is not None:
+            return self._tensor_of, [each.of_gradient() for each in self._on_host]
         if self._in_part is not None:
             # A partition that its tensors do not fill ends in padding, which belongs to none.
             return self._tensor_of, [

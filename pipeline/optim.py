@@ -101,7 +101,10 @@ def _is_vector(parameter: nn.Parameter) -> bool:
     return len(getattr(parameter, "ds_shape", parameter.shape)) <= 1
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+def adamw(groups: list[dict[str, Any]], config: OptimConfig, *, on_host: bool = False) -> torch.optim.AdamW:
     """Return the optimizer; the learning rate of each group is written at every step."""
     first, second = config.betas
-    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), weight_decay=config.weight_decay)
+    # On a CPU the default is several passes over the memory, which is what the step waits for; of a GPU it is up to
+    # PyTorch.
+    fused = True if on_host else None
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), weight_decay=config.weight_decay, fused=fused)

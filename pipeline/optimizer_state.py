@@ -42,6 +42,11 @@ class Fragment:
         """Return the stretch of a tensor that is laid out as the master."""
         return tensor.detach().reshape(-1)[self.offset : self.offset + self.count]
 
+    def of_gradient(self) -> Tensor:
+        """Return the stretch of the master's own gradient, which with offload it has at all times."""
+        assert self.master.grad is not None
+        return self.of(self.master.grad)
+
 
 def take(engine: Any, names: Container[str]) -> OptimizerState:
     """Return the state of the parameter groups of these names."""
@@ -73,6 +78,20 @@ def num_bytes(engine: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def forget_gradients(optimizer: Any) -> None:
+    """Zero what DeepSpeed keeps of a step's gradients: one that does not come in the next would stay what it was."""
+    if sharded(optimizer):
+        optimizer.grad_partitions_flat_buffer.zero_()
+    if offloaded(optimizer):
+        for _, master in masters(optimizer):
+            master.grad.zero_()
+        # At ZeRO 2 in fp32 the parts of a batch add up in these.
+        for gradient in getattr(optimizer, "accumulated_grads_in_cpu", {}).values():
+            gradient.zero_()
+        # In bf16 they add up here, which DeepSpeed forgets to clear when it skips a step: all others would be nan, too.
+        optimizer.averaged_gradients.clear()
+
+
 def retire(engine: Any) -> None:
     """Let go of an engine: without this its hooks on the module would keep all its memory, and go on running."""
     for name in _HOOKS:
@@ -90,6 +109,8 @@ def retire(engine: Any) -> None:
     for parameter in engine.module.parameters():
         # In bf16 each is a view of its group's gradients, which it would keep alive; no public call lets go of it.
         parameter.__dict__.pop("_hp_grad", None)
+        # With offload each knows its optimizer, whose memory those that are frozen would keep.
+        parameter.__dict__.pop("_zero_optimizer", None)
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -110,7 +131,7 @@ def members(optimizer: Any) -> list[tuple[str, list[nn.Parameter]]]:
     return [(group["name"], list(group["params"])) for group in groups]
 
 
-def masters(optimizer: Any) -> Iterator[tuple[tuple[str, int], Tensor]]:
+def masters(optimizer: Any) -> Iterator[tuple[tuple[str, int], Any]]:
     """Yield the tensors that this process optimizes, each with its group's name and its number there."""
     if sharded(optimizer):
         flats: dict[str, list[Tensor]] = {}
@@ -146,6 +167,11 @@ def replicated(optimizer: Any) -> bool:
 def sharded(optimizer: Any) -> bool:
     """Return whether this is ZeRO 3's."""
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def offloaded(optimizer: Any) -> bool:
+    """Return whether the optimizer steps on the host, where each master then has its gradient between steps, too."""
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
 
 
 def _partitioned(optimizer: Any) -> bool:

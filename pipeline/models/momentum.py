@@ -64,8 +64,9 @@ class MomentumEncoder:
 
     def shard(self, rank: int) -> None:
         """Keep this process's part of the average only, now that the network and what it follows are cut alike."""
-        averages = [a.reshape(-1) for a in self._average]
         self._parameters = [local(p) for p in self._parameters]
+        # On the host, where shards of the network and of what it follows may be.
+        averages = [a.reshape(-1).to(p.device) for a, p in zip(self._average, self._parameters, strict=True)]
         sizes = [p.numel() for p in self._parameters]
         parts = [a[rank * n : (rank + 1) * n] for a, n in zip(averages, sizes, strict=True)]
         # The last part ends in padding, as the network's does.

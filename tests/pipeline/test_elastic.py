@@ -10,8 +10,9 @@ import torch
 from pipeline.pieces import Reader
 
 STAGES = (0, 1, 2, 3)
-# Builds an engine of each stage in one process; `train` saves after five steps, of which the last have two frozen
-# layers, `move` loads everything that any number of processes has saved, saves it again, and takes one step.
+# Builds an engine of each stage ("2+optimizer": and what is on the host) in one process; `train` saves after five
+# steps, of which the last have two frozen layers, `move` loads everything that any number of processes has saved, saves
+# it again, and takes one step.
 SCRIPT = """
     import json
     import os
@@ -22,7 +23,7 @@ SCRIPT = """
     import torch.distributed as dist
     from pipeline import distributed
     from pipeline.engine import Engine
-    from pipeline.engine_config import EngineConfig, Precision
+    from pipeline.engine_config import EngineConfig, Offload, Precision
     from pipeline.methods import DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig, build_method
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig
@@ -61,11 +62,12 @@ SCRIPT = """
 
     def make(stage, seed):
         torch.manual_seed(seed)
+        stage, _, offload = str(stage).partition("+")
         vit = ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17)
         clip = dict(clip_each=0.5) if METHOD == "dino" else dict(clip=0.5)
         return Engine(
             build_method(CONFIGS[METHOD], ViT(vit, seed=0)),
-            EngineConfig(PRECISION, stage),
+            EngineConfig(PRECISION, int(stage), Offload(offload or "none")),
             OptimConfig(decay_vectors=False, **clip),
             local_batch=LOCAL,
             device=world.device,
@@ -161,3 +163,26 @@ def test_other_methods_and_bf16(
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     expected, found = trained[str(before[1])]["next"], moved[str(after[1])][source]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("precision", "before", "after"),
+    [
+        ("fp32", (2, "2+optimizer", "3"), (1, "3+parameters", "1")),
+        ("bf16", (1, "3+parameters", "0"), (2, "1+optimizer", "3+optimizer")),
+    ],
+)
+def test_state_moves_to_the_host_and_back(
+    run_ranks: Run, tmp_path: Path, precision: str, before: tuple[int, str, str], after: tuple[int, str, str]
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    values = {"method": "dino", "precision": precision, "scratch": scratch}
+    trained = report(run_ranks, before[0], task="train", stages=before[1:], **values)
+    moved = report(run_ranks, after[0], task="move", stages=after[1:], **values)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    for stage in before[1:]:
+        source = f"{before[0]}-{stage}"
+        assert_moved(scratch, scratch / source)
+        for steps in moved.values():
+            torch.testing.assert_close(steps[source], trained[stage]["next"], atol=tolerance, rtol=tolerance)

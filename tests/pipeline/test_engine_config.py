@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.compose import load
-from pipeline.engine_config import EngineConfig, Precision, Zero3, deepspeed_options, merged
+from pipeline.engine_config import EngineConfig, Offload, Precision, Zero3, deepspeed_options, merged
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -35,7 +35,16 @@ def test_options_are_passed_through_at_any_depth() -> None:
         ({"gradient_clipping": 1.0}, r"deepspeed\.gradient_clipping is set by coldpress"),
         ({"fp16": {"enabled": True}}, r"deepspeed\.fp16 is decided by engine\.precision in coldpress; take it out"),
         ({"optimizer": {"type": "Lamb"}}, r"deepspeed\.optimizer is decided by optim in coldpress; take it out"),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"offload_param does not go with coldpress's"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            r"offload_param is decided by engine\.offload",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": None}},
+            r"offload_optimizer is decided by engine\.offload",
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, r"zero_optimization\.cpu_offload is decided by engine\.offload"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, r"weights does not go with coldpress's checkpoints"),
         ({"bf16": {"enabled": False}}, r"deepspeed\.bf16\.enabled is set by coldpress"),
     ],
 )
@@ -54,6 +63,48 @@ def test_merging_changes_neither() -> None:
     first, second = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "e": {"f": 4}}
     assert merged(first, second) == {"a": {"b": 1, "d": 3}, "c": 2, "e": {"f": 4}}
     assert (first, second) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "e": {"f": 4}})
+
+
+@pytest.mark.parametrize(
+    ("group", "offload", "moved"),
+    [
+        ("zero0", "none", set()),
+        ("zero1", "optimizer", {"offload_optimizer"}),
+        ("zero2", "optimizer", {"offload_optimizer"}),
+        ("zero3", "optimizer", {"offload_optimizer"}),
+        ("zero3", "parameters", {"offload_optimizer", "offload_param"}),
+    ],
+)
+def test_a_word_names_what_is_on_the_host(group: str, offload: str, moved: set[str]) -> None:
+    words = ["run=x", "data.shards=y", "budget.value=1", f"engine={group}", f"engine.offload={offload}"]
+    engine = load("train", words).engine
+    assert engine.offload is Offload(offload)
+    options = deepspeed_options(engine, 8, 0.0)
+    assert {key for key in options["zero_optimization"] if "offload" in key} == moved
+    assert all(options["zero_optimization"][key]["device"] == "cpu" for key in moved)
+    assert options.get("zero_force_ds_cpu_optimizer") is (False if moved else None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "sentence"),
+    [
+        (
+            0,
+            Offload.optimizer,
+            r"engine\.offload must be none with engine=zero0, .* got optimizer; take engine=zero1\.",
+        ),
+        (
+            0,
+            Offload.parameters,
+            r"engine\.offload must be none with engine=zero0, .* got parameters; take engine=zero1\.",
+        ),
+        (1, Offload.parameters, r"engine\.offload=parameters needs .*, got engine=zero1; take engine=zero3, or"),
+        (2, Offload.parameters, r"engine\.offload=parameters needs .*, got engine=zero2; take engine=zero3, or"),
+    ],
+)
+def test_what_is_not_sharded_stays_where_it_is(stage: int, offload: Offload, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        EngineConfig(Precision.fp32, stage, offload)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeline import distributed
 from pipeline.engine import Engine
-from pipeline.engine_config import EngineConfig, Precision
+from pipeline.engine_config import EngineConfig, Offload, Precision
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
 from pipeline.optimizer_state import masters
@@ -18,7 +18,13 @@ from pipeline.schedules import StepPlan
 
 MakeMoCo = Callable[..., MoCo]
 MakeBatch = Callable[..., object]
-EVERY = [(stage, precision) for stage in (0, 1, 2, 3) for precision in Precision]
+EVERY = [
+    *((stage, Offload.none, precision) for stage in (0, 1, 2, 3) for precision in Precision),
+    (1, Offload.optimizer, Precision.bf16),
+    (2, Offload.optimizer, Precision.fp32),
+    (3, Offload.optimizer, Precision.fp32),
+    (3, Offload.parameters, Precision.bf16),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +32,8 @@ def process_group() -> None:
     distributed.start()
 
 
-def trained(make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, precision: Precision) -> Engine:
-    config = EngineConfig(precision, stage)
+def trained(make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, offload: Offload, precision: Precision) -> Engine:
+    config = EngineConfig(precision, stage, offload)
     optim = OptimConfig(decay_vectors=False)
     engine = Engine(make_moco(), config, optim, local_batch=8, device=torch.device("cpu"))
     for step in range(3):
@@ -72,11 +78,11 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize(("stage", "precision"), EVERY)
+@pytest.mark.parametrize(("stage", "offload", "precision"), EVERY)
 def test_what_still_learns_keeps_all_to_the_bit(
-    make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, precision: Precision
+    make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, offload: Offload, precision: Precision
 ) -> None:
-    engine = trained(make_moco, make_batch, stage, precision)
+    engine = trained(make_moco, make_batch, stage, offload, precision)
     before = dict(known(engine))
     assert {name.split()[-1] for name in before} == {"master", "step", "exp_avg", "exp_avg_sq"}
     engine.freeze(2)
@@ -87,11 +93,11 @@ def test_what_still_learns_keeps_all_to_the_bit(
     assert all(after[name].any() for name in after if name.endswith("exp_avg"))
 
 
-@pytest.mark.parametrize(("stage", "precision"), EVERY)
+@pytest.mark.parametrize(("stage", "offload", "precision"), EVERY)
 def test_what_is_frozen_is_let_go_of_and_nothing_piles_up(
-    make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, precision: Precision
+    make_moco: MakeMoCo, make_batch: MakeBatch, stage: int, offload: Offload, precision: Precision
 ) -> None:
-    engine = trained(make_moco, make_batch, stage, precision)
+    engine = trained(make_moco, make_batch, stage, offload, precision)
     hooks = count_hooks(engine)
     live = [tensor_bytes()]
     kept = [engine.optimizer_bytes()]
