@@ -15,7 +15,7 @@ from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.compression.base import check_divides
-from pipeline.engine_config import SHARDED, EngineConfig, Zero0, Zero2, Zero3
+from pipeline.engine_config import FSDP2, SHARDED, EngineConfig, Zero0, Zero2, Zero3
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
@@ -76,14 +76,15 @@ class TrainConfig:
             self._check_sharded()
 
     def _check_sharded(self) -> None:
+        name = "fsdp2" if isinstance(self.engine, FSDP2) else "zero3"
         if isinstance(self.compression, Adaptive):
             raise ValueError(
-                "compression=adaptive measures on whole weights, of which engine=zero3 leaves each process a part; "
+                f"compression=adaptive measures on whole weights, of which engine={name} leaves each process a part; "
                 "take engine=zero2, or compression=staged."
             )
         if self.model.compile:
             raise ValueError(
-                "model.compile must be false with engine=zero3, whose gathers break every graph; take engine=zero2, "
+                f"model.compile must be false with engine={name}, whose gathers break every graph; take engine=zero2, "
                 "or leave model.compile out."
             )
 
@@ -314,5 +315,5 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
     "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig, "localmim": LocalMIMConfig},
     "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
-    "engine": {"zero0": Zero0, "zero1": EngineConfig, "zero2": Zero2, "zero3": Zero3},
+    "engine": {"zero0": Zero0, "zero1": EngineConfig, "zero2": Zero2, "zero3": Zero3, "fsdp2": FSDP2},
 }

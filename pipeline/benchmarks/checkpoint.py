@@ -17,6 +17,7 @@ from pipeline.checkpoint_files import sync
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World, any_rank, barrier, from_main, start
+from pipeline.engine import Engine
 
 COLUMNS = (
     Column("case", "case"),
@@ -39,7 +40,13 @@ class Contest:
 
     def __init__(self, config: BenchConfig, world: World, scratch: Path) -> None:
         self._world, self._scratch = world, scratch
-        self._engine, method = make_engine(config, world)
+        engine, method = make_engine(config, world)
+        if not isinstance(engine, Engine):
+            raise ValueError(
+                "bench what=checkpoint measures against DeepSpeed's own saves, which engine=fsdp2 has not; "
+                "take engine=zero1 or another stage."
+            )
+        self._engine = engine
         self._plan = make_plan(config, method, Compression(), 0)
         self._batch = make_batch(config, world, method)
         self._keeper = Checkpointer(scratch / "ours", CheckpointConfig(keep_last=1), {})

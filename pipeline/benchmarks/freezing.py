@@ -17,10 +17,10 @@ from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
-from pipeline.engine import Engine
 from pipeline.freezing import FreezeOut
 from pipeline.methods import Method
 from pipeline.schedules import StepPlan
+from pipeline.training_engine import TrainingEngine
 
 MIB = 2**20
 # Of paper B: ten of a hundred epochs.
@@ -127,7 +127,7 @@ def kept_for_backward(method: Method, batch: NoiseBatch, plan: StepPlan) -> int:
     return sum(kept.values())
 
 
-def _peak(engine: Engine, batch: NoiseBatch, plan: StepPlan, world: World) -> float | None:
+def _peak(engine: TrainingEngine, batch: NoiseBatch, plan: StepPlan, world: World) -> float | None:
     """Return the most device memory of a step; None on CPU, which does not count it."""
     if world.device.type != "cuda":
         return None

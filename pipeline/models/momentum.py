@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.distributed import at_least_fp32
+from pipeline.shards import local, place_of_shard
 
 T = TypeVar("T")
 # Of its gap when a parameter stopped learning: what is left is below bf16's rounding by far.
@@ -31,12 +32,6 @@ class Root(nn.Module):
         return (function(self.network),)
 
 
-def local(parameter: Tensor) -> Tensor:
-    """Return what this process has of a parameter: under ZeRO 3 its shard, flat, else all of it."""
-    shard: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return shard.detach()
-
-
 class MomentumEncoder:
     """A copy of an online network that follows it (Eq. 2 of He et al., 2020).
 
@@ -45,12 +40,13 @@ class MomentumEncoder:
     """
 
     def __init__(self, online: nn.Module) -> None:
+        self._followed = online
         # Parameters keep their identity through moves, casts and sharding of the optimizer.
         self._online = list(online.parameters())
         self.network = copy.deepcopy(online).requires_grad_(False).train()
         self._parameters: list[Tensor] = list(self.network.parameters())
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
-        # What runs it: the root that ZeRO 3 needs around everything it gathers.
+        # What runs it: the root that ZeRO 3 and FSDP2 need around everything they gather.
         self.root = Root(self.network)
         # What is left of the gap that there was when a parameter stopped learning: every update takes its share.
         self._gaps = [1.0] * len(self._average)
@@ -64,12 +60,15 @@ class MomentumEncoder:
 
     def shard(self, rank: int) -> None:
         """Keep this process's part of the average only, now that the network and what it follows are cut alike."""
-        averages = [a.reshape(-1) for a in self._average]
-        self._parameters = [local(p) for p in self._parameters]
-        sizes = [p.numel() for p in self._parameters]
-        parts = [a[rank * n : (rank + 1) * n] for a, n in zip(averages, sizes, strict=True)]
-        # The last part ends in padding, as the network's does.
-        self._average = [F.pad(each, (0, n - len(each))) for each, n in zip(parts, sizes, strict=True)]
+        cut, wholes = list(self.network.parameters()), [a.reshape(-1) for a in self._average]
+        # FSDP2 puts parameters of its own in the place of those that were there.
+        self._online, self._parameters = list(self._followed.parameters()), [local(p) for p in cut]
+        self._average = []
+        for whole, parameter, mine in zip(wholes, cut, self._parameters, strict=True):
+            start, count = place_of_shard(parameter, rank)
+            # The last part ends in padding if the network's does.
+            part = F.pad(whole[start : start + count], (0, mine.numel() - count))
+            self._average.append(part.view_as(mine))
         self._average_in_place()
 
     @torch.no_grad()
@@ -92,7 +91,9 @@ class MomentumEncoder:
 
     def shared_layers(self, layers: Sequence[Sequence[Tensor]]) -> int:
         """Return how many of these first layers of the online network are this one's, too, and will stay so."""
-        resting = {id(p) for p, gap in zip(self._online, self._gaps, strict=True) if gap <= CLOSED}
+        # As they are now: while they are gathered, FSDP2 has other parameters in their places.
+        online = self._followed.parameters()
+        resting = {id(p) for p, gap in zip(online, self._gaps, strict=True) if gap <= CLOSED}
         shared = (all(id(p) in resting for p in layer) for layer in layers)
         return sum(1 for _ in takewhile(bool, shared))
 
