@@ -39,12 +39,13 @@ class FSDPEngine(TrainingEngine):
         self._root = _shard(self._exposed, device, self._policy)
         self._followers = [_shard(each.root, device, self._policy) for each in method.momentum_encoders()]
         for follower in method.momentum_encoders():
-            follower.shard(dist.get_rank())
+            follower.shard(dist.get_rank(), self._policy.param_dtype)
         # Not before: FSDP2 has put parameters of its own in the place of those that were there.
         self._find_parameters()
         self._shards = ShardOptimizer(self._groups(), optim)
         self._norms = TensorNorms(self._shards)
-        self._round(p for p in method.parameters() if not p.requires_grad)
+        # As DeepSpeed's masters start.
+        self._round(method.parameters())
 
     def optimizer_bytes(self) -> int:
         """Return the size of the master weights, which are the weights, and moments that this process keeps."""
@@ -102,7 +103,7 @@ class FSDPEngine(TrainingEngine):
 
     @torch.no_grad()
     def _round(self, parameters: Iterable[Tensor]) -> None:
-        """Make of what does not learn what forwards take it for, which is what DeepSpeed keeps of it."""
+        """Make of weights what forwards take them for, which is what DeepSpeed keeps of those that do not learn."""
         if self._config.precision is Precision.bf16:
             for parameter in parameters:
                 local(parameter).copy_(local(parameter).bfloat16())

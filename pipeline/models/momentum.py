@@ -48,6 +48,7 @@ class MomentumEncoder:
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
         # What runs it: the root that ZeRO 3 and FSDP2 need around everything they gather.
         self.root = Root(self.network)
+        self._forwards_in: torch.dtype | None = None
         # What is left of the gap that there was when a parameter stopped learning: every update takes its share.
         self._gaps = [1.0] * len(self._average)
 
@@ -58,8 +59,12 @@ class MomentumEncoder:
         self._parameters = list(self.network.parameters())
         self._average_in_place()
 
-    def shard(self, rank: int) -> None:
-        """Keep this process's part of the average only, now that the network and what it follows are cut alike."""
+    def shard(self, rank: int, forwards_in: torch.dtype | None = None) -> None:
+        """Keep this process's part of the average only, now that the network and what it follows are cut alike.
+
+        `forwards_in` is what FSDP2 casts weights to when it gathers them, where they are kept in another dtype.
+        """
+        self._forwards_in = forwards_in
         cut, wholes = list(self.network.parameters()), [a.reshape(-1) for a in self._average]
         # FSDP2 puts parameters of its own in the place of those that were there.
         self._online, self._parameters = list(self._followed.parameters()), [local(p) for p in cut]
@@ -81,7 +86,7 @@ class MomentumEncoder:
         before = self._gaps
         self._gaps = [1.0 if p.requires_grad else gap * momentum for p, gap in zip(self._online, before, strict=True)]
         moving = [i for i, gap in enumerate(before) if gap > CLOSED or self._gaps[i] > CLOSED]
-        target = [at_least_fp32(local(self._online[i])) for i in moving]
+        target = [at_least_fp32(local(self._online[i]).to(self._forwards_in)) for i in moving]
         averages = [self._average[i] for i in moving]
         torch._foreach_lerp_(averages, target, 1 - momentum)
         for i, average, online in zip(moving, averages, target, strict=True):

@@ -91,13 +91,14 @@ def test_a_frozen_layer_does_not_change_by_a_bit(
 BAD_STEPS = """
     from dataclasses import dataclass, replace
     import torch
-    from pipeline import distributed
-    from pipeline.engine import Engine
-    from pipeline.engine_config import EngineConfig, Precision
+    from pipeline import distributed, optimizer_state
+    from pipeline.engine_config import FSDP2, EngineConfig, Precision
+    from pipeline.engines import build_engine
     from pipeline.methods.moco import MoCo, MoCoConfig
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig
     from pipeline.schedules import StepPlan
+    from pipeline.shards import local
 
     world = distributed.start()
 
@@ -127,8 +128,9 @@ BAD_STEPS = """
     def start():
         torch.manual_seed(0)
         vit = ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17), seed=0)
-        config = EngineConfig(Precision("{precision}"), {stage}, layer_norms={layer_norms})
-        return Engine(
+        kind = FSDP2 if {stage!r} == "fsdp2" else EngineConfig
+        config = kind(Precision("{precision}"), 3 if kind is FSDP2 else {stage!r}, layer_norms={layer_norms})
+        return build_engine(
             Ill(MoCoConfig(hidden_dim=64, out_dim=32), vit), config, OptimConfig(clip_each={clip_each}, clip={clip}),
             local_batch=8, device=world.device,
         )
@@ -151,7 +153,9 @@ BAD_STEPS = """
 
     def state(engine):
         method = engine.method
-        return dict(everything([method.state_dict(), method.state(), engine._engine.optimizer.state_dict()]))
+        weights = {{name: local(each) for name, each in method.state_dict().items()}}
+        optimizer = optimizer_state.inner_optimizer(engine._optimizer) if {stage!r} == "fsdp2" else engine._optimizer
+        return dict(everything([weights, method.state(), optimizer.state_dict()]))
 
     def assert_same(one, two):
         assert one.keys() == two.keys()
@@ -184,12 +188,14 @@ BAD_STEPS = """
         ("bf16", 0, 2, 1.0, 0.0, False),
         ("fp32", 2, 2, 1.0, 0.0, False),
         ("bf16", 2, 1, 0.0, 3.0, False),
+        ("fp32", "fsdp2", 2, 0.0, 3.0, False),
+        ("bf16", "fsdp2", 2, 1.0, 0.0, True),
     ],
 )
 def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any(
     run_ranks: Callable[..., list[str]],
     precision: str,
-    stage: int,
+    stage: int | str,
     ranks: int,
     clip: float,
     clip_each: float,
