@@ -154,8 +154,8 @@ def test_any_stage_on_any_number_of_processes_takes_over_from_any_other(run_rank
         ("localmim", "fp32", (2, 0), (4, 2)),
         ("localmim", "bf16", (1, 2), (2, 3)),
         ("moco", "bf16", (2, 1), (1, 3)),
-        ("dino", "bf16", (1, 0), (2, "fsdp2")),
-        ("localmim", "bf16", (2, "fsdp2"), (2, 3)),
+        ("dino", "bf16", (1, 0), (1, "fsdp2")),
+        ("localmim", "bf16", (1, "fsdp2"), (1, 3)),
     ],
 )
 def test_other_methods_and_bf16(

@@ -111,6 +111,8 @@ SCRIPT = """
         # What is frozen is reduced no more, and kept by no optimizer.
         learning = sum(p.numel() for p in engine.method.parameters() if p.requires_grad)
         assert traffic[-1] < 0.75 * traffic[9], traffic
+        # Parts add up before they are reduced.
+        assert not parts or traffic[-1] < 1.05 * learning, (traffic, learning)
         assert abs(bytes_kept[-1] / expected_bytes[-1] - 1) < 0.02 and bytes_kept[-1] < 0.75 * bytes_kept[9]
         return engine
 

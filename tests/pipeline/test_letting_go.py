@@ -253,7 +253,6 @@ TOLERANCES = {
         ("moco", 3, "fp32", 1, "tapped"),
         ("moco", 3, "bf16", 2, "tapped"),
         ("localmim", "fsdp2", "fp32", 2, "shared"),
-        ("moco", "fsdp2", "fp32", 2, "tapped"),
         ("moco", "fsdp2", "bf16", 1, "tapped"),
     ],
 )
