@@ -76,17 +76,12 @@ class TrainConfig:
             self._check_sharded()
 
     def _check_sharded(self) -> None:
-        name = "fsdp2" if isinstance(self.engine, FSDP2) else "zero3"
         if isinstance(self.compression, Adaptive):
             raise ValueError(
-                f"compression=adaptive measures on whole weights, of which engine={name} leaves each process a part; "
-                "take engine=zero2, or compression=staged."
+                f"compression=adaptive measures on whole weights, of which engine={_name(self.engine)} leaves each "
+                "process a part; take engine=zero2, or compression=staged."
             )
-        if self.model.compile:
-            raise ValueError(
-                f"model.compile must be false with engine={name}, whose gathers break every graph; take engine=zero2, "
-                "or leave model.compile out."
-            )
+        _check_compiles(self.engine, self.model)
 
     @property
     def directory(self) -> Path:
@@ -303,6 +298,19 @@ class BenchConfig:
             check_divides("patch_sizes", size, self.model.image_size, self.model.patch_size)
         if not 0 < self.samples_per_second < math.inf:
             raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
+        _check_compiles(self.engine, self.model)
+
+
+def _check_compiles(engine: EngineConfig, model: ViTConfig) -> None:
+    if model.compile and engine.stage == SHARDED:
+        raise ValueError(
+            f"model.compile must be false with engine={_name(engine)}, whose gathers break every graph; "
+            "take engine=zero2, or leave model.compile out."
+        )
+
+
+def _name(engine: EngineConfig) -> str:
+    return "fsdp2" if isinstance(engine, FSDP2) else f"zero{engine.stage}"
 
 
 def _check_support(support: int) -> None:

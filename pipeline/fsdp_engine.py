@@ -148,8 +148,8 @@ def _shard(root: nn.Module, device: torch.device, policy: MixedPrecisionPolicy) 
             block.run_scaled = MethodType(run_block, block)
             register_fsdp_forward_method(block, "run_scaled")
         vit.run_block = _GatheredBlocks()
-    # Said outright, it holds for the root, too: what has no backward would stay gathered, and hide what is written to
-    # its shards.
+    # Said outright, it holds for the root, too: that of a momentum encoder, which has no backward, would stay gathered,
+    # and hide what is written to its shards.
     learns = any(parameter.requires_grad for parameter in root.parameters())
     sharded: FSDPModule = fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=not learns)
     for vit in backbones:

@@ -176,6 +176,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.config",
         "pipeline.distributed",
         "pipeline.engine",
+        "pipeline.engine_config",
         "pipeline.engines",
         "pipeline.freezing",
         "pipeline.methods",

@@ -17,6 +17,7 @@ from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
+from pipeline.engine_config import FSDP2
 from pipeline.freezing import FreezeOut
 from pipeline.methods import Method
 from pipeline.schedules import StepPlan
@@ -62,7 +63,16 @@ class Row:
 
 
 def bench_freezing(config: BenchConfig, world: World) -> Report:
-    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes, and what that makes of a whole run."""
+    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes, and what that makes of a whole run.
+
+    Raises:
+        ValueError: an engine under which a method cannot be called on its own.
+    """
+    if isinstance(config.engine, FSDP2):
+        raise ValueError(
+            "bench what=freezing counts what a forward beside the engine keeps, and with engine=fsdp2 there is none; "
+            "take engine=zero2 or another stage."
+        )
     engine, method = make_engine(config, world)
     twin, _ = make_engine(config, world)
     baseline = make_plan(config, method, Compression(), 0)
