@@ -27,8 +27,8 @@ from pipeline.checkpoint_files import (
     temporary_of,
 )
 from pipeline.distributed import any_rank, first_text, from_main, on_main, rank, sum_over_ranks, world_size
-from pipeline.engine import Engine, file_name
 from pipeline.pieces import HostCopies
+from pipeline.training_engine import TrainingEngine, file_name
 
 # Of room on the disk, as a multiple of what a checkpoint takes: for its manifest, logs and who else writes there.
 ROOM = 1.1
@@ -150,7 +150,9 @@ class Checkpointer:
         passed = any(self._saved_progress < milestone <= progress for milestone in self.config.milestones)
         return passed or state.step % self.config.every_steps == 0 or minutes >= self.config.every_minutes
 
-    def save(self, engine: Engine, state: TrainState, progress: float, score: float | None = None) -> dict[str, float]:
+    def save(
+        self, engine: TrainingEngine, state: TrainState, progress: float, score: float | None = None
+    ) -> dict[str, float]:
         """Copy the state and begin to write it; return the metrics of having done so.
 
         One save is under way at a time: an earlier one is waited for. `score` is what `keep_best` goes by. What
@@ -218,7 +220,7 @@ class Checkpointer:
             metrics |= self.settle(*any_rank(*self.pending()))
         return metrics
 
-    def restore(self, engine: Engine) -> TrainState | None:
+    def restore(self, engine: TrainingEngine) -> TrainState | None:
         """Load the newest valid checkpoint, and set damaged newer ones aside; None when there is none.
 
         Raises:

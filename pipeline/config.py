@@ -15,7 +15,7 @@ from pipeline.analysis.selection import SelectionConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoCompression, Staged
 from pipeline.compression.base import check_divides
-from pipeline.engine_config import SHARDED, EngineConfig, Zero0, Zero2, Zero3
+from pipeline.engine_config import FSDP2, SHARDED, EngineConfig, Zero0, Zero2, Zero3
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
 from pipeline.models.vit import ViTConfig
@@ -78,14 +78,10 @@ class TrainConfig:
     def _check_sharded(self) -> None:
         if isinstance(self.compression, Adaptive):
             raise ValueError(
-                "compression=adaptive measures on whole weights, of which engine=zero3 leaves each process a part; "
-                "take engine=zero2, or compression=staged."
+                f"compression=adaptive measures on whole weights, of which engine={_name(self.engine)} leaves each "
+                "process a part; take engine=zero2, or compression=staged."
             )
-        if self.model.compile:
-            raise ValueError(
-                "model.compile must be false with engine=zero3, whose gathers break every graph; take engine=zero2, "
-                "or leave model.compile out."
-            )
+        _check_compiles(self.engine, self.model)
 
     @property
     def directory(self) -> Path:
@@ -320,6 +316,19 @@ class BenchConfig:
             check_divides("patch_sizes", size, self.model.image_size, self.model.patch_size)
         if not 0 < self.samples_per_second < math.inf:
             raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
+        _check_compiles(self.engine, self.model)
+
+
+def _check_compiles(engine: EngineConfig, model: ViTConfig) -> None:
+    if model.compile and engine.stage == SHARDED:
+        raise ValueError(
+            f"model.compile must be false with engine={_name(engine)}, whose gathers break every graph; "
+            "take engine=zero2, or leave model.compile out."
+        )
+
+
+def _name(engine: EngineConfig) -> str:
+    return "fsdp2" if isinstance(engine, FSDP2) else f"zero{engine.stage}"
 
 
 def _check_support(support: int) -> None:
@@ -332,5 +341,5 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
     "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig, "localmim": LocalMIMConfig},
     "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
-    "engine": {"zero0": Zero0, "zero1": EngineConfig, "zero2": Zero2, "zero3": Zero3},
+    "engine": {"zero0": Zero0, "zero1": EngineConfig, "zero2": Zero2, "zero3": Zero3, "fsdp2": FSDP2},
 }

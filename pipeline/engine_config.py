@@ -98,6 +98,31 @@ class Zero3(EngineConfig):
     stage: int = 3
 
 
+@dataclass
+class FSDP2(EngineConfig):
+    """All of it is sharded as at ZeRO 3, by PyTorch's fully_shard in DeepSpeed's place."""
+
+    stage: int = SHARDED
+
+    def __post_init__(self) -> None:
+        if self.stage != SHARDED:
+            raise ValueError(
+                f"engine.stage is ZeRO's and must be left out with engine=fsdp2, got {self.stage}; "
+                f"take it out, or say engine=zero{self.stage}."
+            )
+        if self.deepspeed:
+            raise ValueError(
+                f"engine.deepspeed must be empty with engine=fsdp2, which does without DeepSpeed, "
+                f"got {sorted(self.deepspeed)}; take it out, or say engine=zero3."
+            )
+        if self.offload is not Offload.none:
+            raise ValueError(
+                f"engine.offload must be none with engine=fsdp2, got {self.offload.value}; "
+                "say engine=zero3 to have it on the host."
+            )
+        super().__post_init__()
+
+
 def deepspeed_options(engine: EngineConfig, local_batch: int, clip: float) -> dict[str, Any]:
     """Return DeepSpeed's configuration: what coldpress sets, and what the user passes through."""
     return merged(_own_options(engine, local_batch, clip), engine.deepspeed)

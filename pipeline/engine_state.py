@@ -1,4 +1,4 @@
-"""Everything that a run must keep of its networks and optimizer, by name, whatever the ZeRO stage and the processes.
+"""Everything that a run must keep of its networks and optimizer, by name, whatever the engine and the processes.
 
 Names: `master/`, `exp_avg/` and `exp_avg_sq/` of what is optimized, `weight/` of what is not (frozen layers among it),
 `buffer/`, and `state/` of what the method keeps for itself, its momentum encoder first. A test holds this inventory
@@ -8,16 +8,16 @@ against all tensors there are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import optimizer_state
 from pipeline.methods.base import Method
-from pipeline.models.momentum import local
-from pipeline.optimizer_state import Fragment, place_of_shard
+from pipeline.optimizer_state import Fragment
 from pipeline.pieces import Piece, Reader
+from pipeline.shards import is_cut, local, place_of_shard, whole_shape
 
 MASTER, WEIGHT, BUFFER, STATE = "master/", "weight/", "buffer/", "state/"
 STEPS = "steps"
@@ -29,7 +29,7 @@ def pieces(method: Method, optimizer: Any, rank: int) -> Iterator[Piece]:
     moments = optimizer_state.inner_optimizer(optimizer).state
     everywhere = optimizer_state.replicated(optimizer)
     for each in optimizer_state.fragments(optimizer, rank):
-        name, shape = names[each.parameter], _shape(each.parameter)
+        name, shape = names[each.parameter], whole_shape(each.parameter)
         kept = {MASTER: each.master} | {f"{key}/": value for key, value in _tensors(moments.get(each.master, {}))}
         for kind, tensor in kept.items():
             yield Piece(kind + name, shape, each.start, each.of(tensor), everywhere)
@@ -56,7 +56,7 @@ def steps(optimizer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def load(method: Method, optimizer: Any, reader: Reader, rank: int) -> None:
-    """Restore what `pieces` and `steps` returned, wherever and at whichever stage they did.
+    """Restore what `pieces` and `steps` returned, wherever and whichever engine did.
 
     The optimizer must have the groups that it had then.
 
@@ -100,7 +100,7 @@ def _load_optimizer(method: Method, optimizer: Any, reader: Reader, rank: int) -
     moments.clear()
     for each in optimizer_state.fragments(optimizer, rank):
         name = names[each.parameter]
-        reader.check(MASTER + name, _shape(each.parameter))
+        reader.check(MASTER + name, whole_shape(each.parameter))
         each.of(each.master).copy_(_stretch(reader, MASTER + name, each))
         for key in _moment_keys(reader, name) if each.group in saved_steps else ():
             state = moments[each.master]
@@ -122,26 +122,17 @@ def _stretch(reader: Reader, name: str, fragment: Fragment) -> Tensor:
 
 def _fill(target: Tensor, parameter: nn.Parameter | None, reader: Reader, name: str, rank: int) -> None:
     """Restore a tensor that is cut as a parameter is, or not cut without one."""
-    reader.check(name, tuple(target.shape) if not _is_cut(parameter) else _shape(parameter))
-    start, count = place_of_shard(parameter, rank) if _is_cut(parameter) else (0, target.numel())
+    reader.check(name, tuple(target.shape) if not is_cut(parameter) else whole_shape(parameter))
+    start, count = place_of_shard(parameter, rank) if is_cut(parameter) else (0, target.numel())
     target.reshape(-1)[:count].copy_(reader.read(name, start, start + count))
 
 
 def _piece(name: str, tensor: Tensor, parameter: nn.Parameter | None, rank: int) -> Piece:
     """Return what there is of a tensor that is cut as a parameter is, or not cut without one."""
-    if not _is_cut(parameter):
+    if not is_cut(parameter):
         return Piece.whole(name, tensor)
     start, count = place_of_shard(parameter, rank)
-    return Piece(name, _shape(parameter), start, tensor.detach().reshape(-1)[:count])
-
-
-def _is_cut(parameter: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
-    return hasattr(parameter, "ds_tensor")
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # Under ZeRO 3 a parameter that is not gathered is empty.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return Piece(name, whole_shape(parameter), start, tensor.detach().reshape(-1)[:count])
 
 
 def _followers(method: Method) -> dict[str, nn.Parameter]:

@@ -9,15 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.optimizer_state import fragments, members, offloaded, sharded
+from pipeline.shards import is_cut, local
 
 
 class TensorNorms:
-    """The gradient norm of every tensor of DeepSpeed's optimizer, equal on all processes.
+    """The gradient norm of every tensor of an engine's optimizer, equal on all processes.
 
     Measure and clip between backward and step, when gradients are averaged over the processes. At ZeRO stages 1 and 2
-    each process holds the pieces in its own partition, which may cut a tensor, at stage 3 a shard of every tensor; at
-    stage 0, and at stage 1 in bf16, each holds the whole. Nothing here waits for the device, but with offload: then
-    pieces and norms are on the host.
+    each process holds the pieces in its own partition, which may cut a tensor, at stage 3 and under FSDP2 a shard of
+    every tensor; at stage 0, and at stage 1 in bf16, each holds the whole. Nothing here waits for the device, but with
+    offload: then pieces and norms are on the host.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -29,6 +30,7 @@ class TensorNorms:
             self._in_part = [[*parameters] for _, parameters in groups]
         self._names = [name for name, parameters in groups for _ in parameters]
         self._members: list[Tensor] = [p for _, parameters in groups for p in parameters]
+        self._in_shards = self._in_part is not None or is_cut(self._members[0])
         mine = self._members if self._in_part is None else [p for part in self._in_part for p in part]
         # With offload each master keeps its gradient beside it.
         self._on_host = list(fragments(optimizer, dist.get_rank())) if offloaded(optimizer) else None
@@ -52,7 +54,7 @@ class TensorNorms:
         if pieces:
             norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
             self.squares[tensor_of] = torch.stack(norms).square()
-        if self._in_part is not None and dist.get_world_size() > 1:
+        if self._in_shards and dist.get_world_size() > 1:
             dist.all_reduce(self.squares)
 
     @torch.no_grad()
@@ -70,8 +72,9 @@ class TensorNorms:
 
     @torch.no_grad()
     def clip_total(self, limit: float) -> None:
-        """Scale all gradients, where each process holds the whole, down to a global norm of `limit`, as measured."""
-        torch.nn.utils.clip_grads_with_norm_(self._members, limit, self.squares.sum().sqrt())
+        """Scale all gradients down to a global norm of `limit`, as measured."""
+        _, pieces = self._pieces()
+        torch._foreach_mul_(pieces, (limit / (self.squares.sum().sqrt() + 1e-6)).clamp(max=1))
 
     def total(self) -> float:
         """Return the global norm as measured."""
@@ -98,7 +101,7 @@ class TensorNorms:
             ]
         if hasattr(optimizer, "fp32_groups_gradients"):
             return self._tensor_of, [each for group in optimizer.fp32_groups_gradients for each in group]
-        pairs = [(i, p.grad) for i, p in enumerate(self._members) if p.grad is not None]
+        pairs = [(i, local(p.grad)) for i, p in enumerate(self._members) if p.grad is not None]
         if len(pairs) == len(self._members):
             return self._tensor_of, [gradient for _, gradient in pairs]
         return torch.tensor([i for i, _ in pairs], device=self._device), [gradient for _, gradient in pairs]

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.checkpoint import TrainState
-from pipeline.engine import Engine, StepResult
 from pipeline.methods.base import Method
 from pipeline.schedules import Budget, StepPlan
+from pipeline.training_engine import StepResult, TrainingEngine
 from pipeline.tuning import Tuned
 
 
@@ -78,7 +78,7 @@ class Meter:
         yield
         self._paused += time.monotonic() - begin
 
-    def report(self, state: TrainState, plan: StepPlan, engine: Engine, loss: float) -> dict[str, float]:
+    def report(self, state: TrainState, plan: StepPlan, engine: TrainingEngine, loss: float) -> dict[str, float]:
         """Return every metric of the training itself; `loss` is the mean over processes."""
         progress = self._budget.progress(steps=state.step, samples=state.samples, cost=state.cost)
         return {

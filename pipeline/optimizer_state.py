@@ -1,4 +1,4 @@
-"""Where DeepSpeed's optimizers keep the state of each parameter; taken out of one engine and put into the next.
+"""Where optimizers keep the state of each parameter, DeepSpeed's above all; out of one engine, into the next.
 
 Each process moves its own part; nothing is sent or rounded. What is kept must have the same name and members in
 both engines.
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.shards import place_of_shard
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _HOOKS = ("module_forward_pre_hook", "module_forward_post_hook", "first_dataloader_check")
@@ -125,7 +127,7 @@ def members(optimizer: Any) -> list[tuple[str, list[nn.Parameter]]]:
     if sharded(optimizer):
         numbers = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
         return [(names[k], list(each)) for k, each in zip(numbers, optimizer.fp16_groups, strict=True)]
-    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
+    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups", "shard_groups"):
         if hasattr(optimizer, attribute):
             return list(zip(names, map(list, getattr(optimizer, attribute)), strict=True))
     return [(group["name"], list(group["params"])) for group in groups]
@@ -156,12 +158,12 @@ def fragments(optimizer: Any, rank: int) -> Iterator[Fragment]:
     else:
         owned = [(name, p) for name, parameters in members(optimizer) for p in parameters]
         for (name, parameter), master in zip(owned, flats, strict=True):
-            yield Fragment(name, parameter, 0, parameter.numel(), master, 0)
+            yield Fragment(name, parameter, *place_of_shard(parameter, rank), master, 0)
 
 
 def replicated(optimizer: Any) -> bool:
     """Return whether all processes optimize the same, as at ZeRO 0."""
-    return not (sharded(optimizer) or _partitioned(optimizer))
+    return not (sharded(optimizer) or _partitioned(optimizer) or hasattr(optimizer, "shard_groups"))
 
 
 def sharded(optimizer: Any) -> bool:
@@ -185,14 +187,6 @@ def _fragments_of_shards(name: str, parameters: list[Any], flat: Tensor, rank: i
         start, count = place_of_shard(parameter, rank)
         yield Fragment(name, parameter, start, count, flat, offset)
         offset += parameter.ds_tensor.numel()
-
-
-def place_of_shard(parameter: Any, rank: int) -> tuple[int, int]:
-    """Return where a shard of ZeRO 3 starts in its flattened parameter, and how much of it is no padding."""
-    total, shard = parameter.ds_numel, parameter.ds_tensor.numel()
-    start = min(rank * shard, total)
-    # The last shards of a parameter that the processes cannot share evenly end in padding, or are nothing else.
-    return start, min(shard, total - start)
 
 
 def _fragments_of_partition(name: str, parameters: list[nn.Parameter], flat: Tensor) -> Iterator[Fragment]:

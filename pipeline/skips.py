@@ -13,9 +13,9 @@ from torch import Tensor
 from data.manifest import Manifest
 from data.order import ShuffledOrder
 from pipeline.distributed import gather, rank, world_size
-from pipeline.engine import StepResult
 from pipeline.methods.base import Batch
 from pipeline.preemption import ProcessFailedError
+from pipeline.training_engine import StepResult
 
 BAD_BATCH_NAME = "bad_batch.json"
 ABOUT = (

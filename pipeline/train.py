@@ -15,7 +15,7 @@ from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
-from pipeline.engine import Engine, StepResult
+from pipeline.engines import build_engine
 from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.identity import identity
 from pipeline.interplay import check_waiting, warn_of_early_freezing, whole_from
@@ -28,6 +28,7 @@ from pipeline.probes.knn import KNNProbe
 from pipeline.run_directory import RunDirectory
 from pipeline.schedules import Budget, Schedules, StepPlan
 from pipeline.skips import SkippedSteps
+from pipeline.training_engine import StepResult, TrainingEngine
 from pipeline.tuning import NoTuning, tuner_for
 from pipeline.watchdog import Watchdog
 
@@ -43,7 +44,7 @@ class Parts:
     budget: Budget
     tuner: NoTuning
     loader: Loader
-    engine: Engine
+    engine: TrainingEngine
     checkpointer: Checkpointer
     probe: KNNProbe
 
@@ -191,7 +192,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         device=world.device,
     )
     tuner = build_tuner(config, schedules, method, world.size)
-    engine = Engine(
+    engine = build_engine(
         method, config.engine, config.optim, local_batch=config.batch_size // world.size, device=world.device
     )
     return Parts(

@@ -17,6 +17,8 @@ from pipeline.checkpoint_files import sync
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World, any_rank, barrier, from_main, start
+from pipeline.engine import Engine
+from pipeline.engine_config import FSDP2
 
 COLUMNS = (
     Column("case", "case"),
@@ -39,7 +41,9 @@ class Contest:
 
     def __init__(self, config: BenchConfig, world: World, scratch: Path) -> None:
         self._world, self._scratch = world, scratch
-        self._engine, method = make_engine(config, world)
+        engine, method = make_engine(config, world)
+        assert isinstance(engine, Engine)
+        self._engine = engine
         self._plan = make_plan(config, method, Compression(), 0)
         self._batch = make_batch(config, world, method)
         self._keeper = Checkpointer(scratch / "ours", CheckpointConfig(keep_last=1), {})
@@ -89,7 +93,16 @@ class Contest:
 
 
 def bench_checkpoint(config: BenchConfig, world: World) -> Report:
-    """Measure saves beside training against DeepSpeed's own, in turn, and a resume in a process of its own."""
+    """Measure saves beside training against DeepSpeed's own, in turn, and a resume in a process of its own.
+
+    Raises:
+        ValueError: an engine without saves of DeepSpeed's own.
+    """
+    if isinstance(config.engine, FSDP2):
+        raise ValueError(
+            "bench what=checkpoint measures against DeepSpeed's own saves, which engine=fsdp2 does not have; "
+            "take engine=zero1 or another stage."
+        )
     scratch = Path(from_main(tempfile.mkdtemp(prefix="coldpress-bench-", dir=_place(config)) if world.is_main else ""))
     try:
         return _measure(config, world, scratch)

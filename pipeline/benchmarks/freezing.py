@@ -17,10 +17,11 @@ from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
-from pipeline.engine import Engine
+from pipeline.engine_config import FSDP2
 from pipeline.freezing import FreezeOut
 from pipeline.methods import Method
 from pipeline.schedules import StepPlan
+from pipeline.training_engine import TrainingEngine
 
 MIB = 2**20
 # Of paper B: ten of a hundred epochs.
@@ -62,7 +63,16 @@ class Row:
 
 
 def bench_freezing(config: BenchConfig, world: World) -> Report:
-    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes, and what that makes of a whole run."""
+    """Measure 0, 1, 2, ... frozen layers against a twin that never freezes, and what that makes of a whole run.
+
+    Raises:
+        ValueError: an engine under which a method cannot be called on its own.
+    """
+    if isinstance(config.engine, FSDP2):
+        raise ValueError(
+            "bench what=freezing counts what a forward beside the engine keeps, and with engine=fsdp2 there is none; "
+            "take engine=zero2 or another stage."
+        )
     engine, method = make_engine(config, world)
     twin, _ = make_engine(config, world)
     baseline = make_plan(config, method, Compression(), 0)
@@ -127,7 +137,7 @@ def kept_for_backward(method: Method, batch: NoiseBatch, plan: StepPlan) -> int:
     return sum(kept.values())
 
 
-def _peak(engine: Engine, batch: NoiseBatch, plan: StepPlan, world: World) -> float | None:
+def _peak(engine: TrainingEngine, batch: NoiseBatch, plan: StepPlan, world: World) -> float | None:
     """Return the most device memory of a step; None on CPU, which does not count it."""
     if world.device.type != "cuda":
         return None

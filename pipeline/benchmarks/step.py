@@ -16,10 +16,11 @@ from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
-from pipeline.engine import Engine
+from pipeline.engines import build_engine
 from pipeline.methods import Method, build_method, check_compressible
 from pipeline.models.vit import ViT
 from pipeline.schedules import StepPlan
+from pipeline.training_engine import TrainingEngine
 
 WARMUP = 2
 HALFWAY = 0.5
@@ -77,12 +78,12 @@ def bench_step(config: BenchConfig, world: World) -> Report:
 
 def make_engine(
     config: BenchConfig, world: World, build: Callable[[Any, ViT], Method] = build_method
-) -> tuple[Engine, Method]:
+) -> tuple[TrainingEngine, Method]:
     """Return an engine of its own and its method."""
     torch.manual_seed(0)
     method = build(config.method, ViT(config.model, 0))
     local = config.batch_size // world.size
-    return Engine(method, config.engine, config.optim, local_batch=local, device=world.device), method
+    return build_engine(method, config.engine, config.optim, local_batch=local, device=world.device), method
 
 
 def make_plan(config: BenchConfig, method: Method, query: Compression, frozen: int) -> StepPlan:
@@ -111,7 +112,7 @@ def make_batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
     return NoiseBatch(images, torch.arange(local, device=world.device))
 
 
-Case = tuple[Engine, StepPlan]
+Case = tuple[TrainingEngine, StepPlan]
 
 
 def alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list[float], list[float]]:
@@ -126,7 +127,7 @@ def alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list
     return times
 
 
-def seconds(engine: Engine, batch: NoiseBatch, plan: StepPlan, world: World) -> float:
+def seconds(engine: TrainingEngine, batch: NoiseBatch, plan: StepPlan, world: World) -> float:
     """Return how long a step takes, until the device has done it."""
     begin = time.perf_counter()
     engine.step(batch, plan)

@@ -15,8 +15,8 @@ from data.reader import Damage, Reader
 from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.checkups.finding import Finding, fail, ok
 from pipeline.distributed import any_rank
-from pipeline.engine import Engine
 from pipeline.schedules import StepPlan
+from pipeline.training_engine import TrainingEngine
 
 STEPS = 2
 BATCHES = 3
@@ -51,7 +51,7 @@ def images(loader: Loader, batch: int) -> Finding:
     return ok("images", f"{made} batches of {batch} for each process, {rate:,.0f} samples a second, start included")
 
 
-def steps(loader: Loader, engine: Engine, plans: Sequence[StepPlan]) -> Iterator[Finding]:
+def steps(loader: Loader, engine: TrainingEngine, plans: Sequence[StepPlan]) -> Iterator[Finding]:
     """Train two steps of every shape that a run will have, up to one that fails. Every process must consume this."""
     batch = next(loader.batches())
     for plan in plans:
@@ -69,7 +69,7 @@ def steps(loader: Loader, engine: Engine, plans: Sequence[StepPlan]) -> Iterator
         yield ok("steps", f"{shape}: {seconds:.2f} s{_peak()}")
 
 
-def checkpoint(engine: Engine, directory: Path, checkpointer: Checkpointer) -> Finding:
+def checkpoint(engine: TrainingEngine, directory: Path, checkpointer: Checkpointer) -> Finding:
     """Save and restore. Every process must call this."""
     begin = time.perf_counter()
     checkpointer.save(engine, TrainState(step=STEPS), 0.0)
@@ -85,7 +85,7 @@ def checkpoint(engine: Engine, directory: Path, checkpointer: Checkpointer) -> F
     )
 
 
-def _step(engine: Engine, batch: Batch, plan: StepPlan) -> float:
+def _step(engine: TrainingEngine, batch: Batch, plan: StepPlan) -> float:
     begin = time.perf_counter()
     engine.step(batch, plan)
     if torch.cuda.is_available():

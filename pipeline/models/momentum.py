@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.distributed import at_least_fp32
+from pipeline.shards import local, place_of_shard
 
 T = TypeVar("T")
 # Of its gap when a parameter stopped learning: what is left is below bf16's rounding by far.
@@ -31,12 +32,6 @@ class Root(nn.Module):
         return (function(self.network),)
 
 
-def local(parameter: Tensor) -> Tensor:
-    """Return what this process has of a parameter: under ZeRO 3 its shard, flat, else all of it."""
-    shard: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return shard.detach()
-
-
 class MomentumEncoder:
     """A copy of an online network that follows it (Eq. 2 of He et al., 2020).
 
@@ -45,13 +40,15 @@ class MomentumEncoder:
     """
 
     def __init__(self, online: nn.Module) -> None:
+        self._followed = online
         # Parameters keep their identity through moves, casts and sharding of the optimizer.
         self._online = list(online.parameters())
         self.network = copy.deepcopy(online).requires_grad_(False).train()
         self._parameters: list[Tensor] = list(self.network.parameters())
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
-        # What runs it: the root that ZeRO 3 needs around everything it gathers.
+        # What runs it: the root that ZeRO 3 and FSDP2 need around everything they gather.
         self.root = Root(self.network)
+        self._forwards_in: torch.dtype | None = None
         # What is left of the gap that there was when a parameter stopped learning: every update takes its share.
         self._gaps = [1.0] * len(self._average)
 
@@ -62,15 +59,21 @@ class MomentumEncoder:
         self._parameters = list(self.network.parameters())
         self._average_in_place()
 
-    def shard(self, rank: int) -> None:
-        """Keep this process's part of the average only, now that the network and what it follows are cut alike."""
-        self._parameters = [local(p) for p in self._parameters]
-        # On the host, where shards of the network and of what it follows may be.
-        averages = [a.reshape(-1).to(p.device) for a, p in zip(self._average, self._parameters, strict=True)]
-        sizes = [p.numel() for p in self._parameters]
-        parts = [a[rank * n : (rank + 1) * n] for a, n in zip(averages, sizes, strict=True)]
-        # The last part ends in padding, as the network's does.
-        self._average = [F.pad(each, (0, n - len(each))) for each, n in zip(parts, sizes, strict=True)]
+    def shard(self, rank: int, forwards_in: torch.dtype | None = None) -> None:
+        """Keep this process's part of the average only, now that the network and what it follows are cut alike.
+
+        `forwards_in` is what FSDP2 casts weights to when it gathers them, where they are kept in another dtype.
+        """
+        self._forwards_in = forwards_in
+        cut, wholes = list(self.network.parameters()), [a.reshape(-1) for a in self._average]
+        # FSDP2 puts parameters of its own in the place of those that were there.
+        self._online, self._parameters = list(self._followed.parameters()), [local(p) for p in cut]
+        self._average = []
+        for whole, parameter, mine in zip(wholes, cut, self._parameters, strict=True):
+            start, count = place_of_shard(parameter, rank)
+            # The last part ends in padding if the network's does; on the host if shards are there.
+            part = F.pad(whole[start : start + count], (0, mine.numel() - count)).to(mine.device)
+            self._average.append(part.view_as(mine))
         self._average_in_place()
 
     @torch.no_grad()
@@ -83,7 +86,7 @@ class MomentumEncoder:
         before = self._gaps
         self._gaps = [1.0 if p.requires_grad else gap * momentum for p, gap in zip(self._online, before, strict=True)]
         moving = [i for i, gap in enumerate(before) if gap > CLOSED or self._gaps[i] > CLOSED]
-        target = [at_least_fp32(local(self._online[i])) for i in moving]
+        target = [at_least_fp32(local(self._online[i]).to(self._forwards_in)) for i in moving]
         averages = [self._average[i] for i in moving]
         torch._foreach_lerp_(averages, target, 1 - momentum)
         for i, average, online in zip(moving, averages, target, strict=True):
@@ -93,7 +96,9 @@ class MomentumEncoder:
 
     def shared_layers(self, layers: Sequence[Sequence[Tensor]]) -> int:
         """Return how many of these first layers of the online network are this one's, too, and will stay so."""
-        resting = {id(p) for p, gap in zip(self._online, self._gaps, strict=True) if gap <= CLOSED}
+        # As they are now: while they are gathered, FSDP2 has other parameters in their places.
+        online = self._followed.parameters()
+        resting = {id(p) for p, gap in zip(online, self._gaps, strict=True) if gap <= CLOSED}
         shared = (all(id(p) in resting for p in layer) for layer in layers)
         return sum(1 for _ in takewhile(bool, shared))
 

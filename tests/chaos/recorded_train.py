@@ -22,10 +22,11 @@ from chaos.sabotage import SABOTAGES
 from chaos.tiny_run import STEPS
 
 from pipeline import cli
-from pipeline.engine import Engine, StepResult
+from pipeline.engine import Engine
 from pipeline.methods import Method
 from pipeline.methods.base import Batch
 from pipeline.schedules import StepPlan
+from pipeline.training_engine import StepResult
 
 VARIABLE = "CHAOS_WITNESS"
 _JUMP_AFTER = 2  # steps of a life

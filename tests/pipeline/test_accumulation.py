@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.engine import Engine
-from pipeline.engine_config import EngineConfig, Precision
+from pipeline.engine_config import FSDP2, EngineConfig, Precision
+from pipeline.engines import build_engine
 from pipeline.methods import DINOConfig, LocalMIMConfig, Method, MoCoConfig, SimCLRConfig, build_method
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.pieces import Reader
 from pipeline.schedules import StepPlan
+from pipeline.training_engine import TrainingEngine
 
 CONFIGS = {
     "dino": DINOConfig(out_dim=24, hidden_dim=40, bottleneck_dim=16, small_crops=1, small_size=16),
@@ -27,13 +28,14 @@ class Batch:
         self.index = torch.arange(8) + 8 * step
 
 
-def make(config: object, micro_batch: int, stage: int, clip_each: float = 0.0) -> Engine:
+def make(config: object, micro_batch: int, stage: int | str, clip_each: float = 0.0) -> TrainingEngine:
     distributed.start()
     torch.manual_seed(0)
     method = build_method(config, ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3), seed=0))
-    engine = EngineConfig(Precision.fp32, stage, micro_batch=micro_batch)
+    kind, stage = (FSDP2, 3) if stage == "fsdp2" else (EngineConfig, stage)
+    engine = kind(Precision.fp32, stage, micro_batch=micro_batch)
     optim = OptimConfig(clip=0.0 if clip_each else 0.5, clip_each=clip_each)
-    return Engine(method, engine, optim, local_batch=8, device=torch.device("cpu"))
+    return build_engine(method, engine, optim, local_batch=8, device=torch.device("cpu"))
 
 
 def plan(step: int) -> StepPlan:
@@ -43,9 +45,16 @@ def plan(step: int) -> StepPlan:
 
 @pytest.mark.parametrize(
     ("name", "stage", "clip_each"),
-    [("localmim", 0, 0.0), ("localmim", 2, 0.0), ("dino", 1, 0.3), ("dino", 2, 0.3), ("dino", 3, 0.0)],
+    [
+        ("localmim", 0, 0.0),
+        ("localmim", 2, 0.0),
+        ("dino", 1, 0.3),
+        ("dino", 2, 0.3),
+        ("dino", 3, 0.0),
+        ("dino", "fsdp2", 0.3),
+    ],
 )
-def test_a_batch_in_parts_is_the_same_step(name: str, stage: int, clip_each: float, tmp_path: Path) -> None:
+def test_a_batch_in_parts_is_the_same_step(name: str, stage: int | str, clip_each: float, tmp_path: Path) -> None:
     whole, parts = (make(CONFIGS[name], size, stage, clip_each) for size in (0, 2))
     for step in range(5):
         now = plan(step)

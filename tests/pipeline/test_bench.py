@@ -95,6 +95,22 @@ def test_targets_of_other_methods_are_refused() -> None:
         run(load("bench", [*SMALL, "what=targets"]))
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["what=checkpoint"],
+            "bench what=checkpoint measures against DeepSpeed's own saves, which engine=fsdp2 does not",
+        ),
+        (["what=freezing"], "bench what=freezing counts what a forward beside the engine keeps, and with engine=fsdp2"),
+        (["what=step", "model.compile=true"], r"model\.compile must be false with engine=fsdp2"),
+    ],
+)
+def test_what_fsdp2_has_no_part_in_is_refused(tmp_path: Path, words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        measure(tmp_path, *words, "engine=fsdp2")
+
+
 def test_an_unknown_benchmark_is_refused_with_the_names_of_all() -> None:
     with pytest.raises(ValueError, match=f"what must be one of {', '.join(BENCHMARKS)}, got zebra"):
         run(load("bench", [*SMALL, "what=zebra"]))

@@ -94,13 +94,14 @@ BAD_STEPS = """
     from dataclasses import dataclass, replace
     import torch
     import torch.distributed as dist
-    from pipeline import distributed
-    from pipeline.engine import Engine
-    from pipeline.engine_config import EngineConfig, Offload, Precision
+    from pipeline import distributed, optimizer_state
+    from pipeline.engine_config import FSDP2, EngineConfig, Offload, Precision
+    from pipeline.engines import build_engine
     from pipeline.methods.moco import MoCo, MoCoConfig
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig
     from pipeline.schedules import StepPlan
+    from pipeline.shards import local
 
     world = distributed.start()
 
@@ -130,8 +131,10 @@ BAD_STEPS = """
     def start():
         torch.manual_seed(0)
         vit = ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17), seed=0)
-        config = EngineConfig(Precision("{precision}"), {stage}, Offload("{offload}"), layer_norms={layer_norms})
-        return Engine(
+        kind = FSDP2 if {stage!r} == "fsdp2" else EngineConfig
+        stage = 3 if kind is FSDP2 else {stage!r}
+        config = kind(Precision("{precision}"), stage, Offload("{offload}"), layer_norms={layer_norms})
+        return build_engine(
             Ill(MoCoConfig(hidden_dim=64, out_dim=32), vit), config, OptimConfig(clip_each={clip_each}, clip={clip}),
             local_batch=8, device=world.device,
         )
@@ -153,9 +156,10 @@ BAD_STEPS = """
                 yield from everything(item, f"{{at}}/{{number}}")
 
     def state(engine):
-        method, optimizer = engine.method, engine._engine.optimizer
-        shards = [p.ds_tensor for p in method.parameters() if hasattr(p, "ds_tensor")]
-        return dict(everything([method.state_dict(), method.state(), shards, optimizer.state_dict()]))
+        method = engine.method
+        weights = {{name: local(each) for name, each in [*method.named_parameters(), *method.named_buffers()]}}
+        optimizer = optimizer_state.inner_optimizer(engine._optimizer) if {stage!r} == "fsdp2" else engine._optimizer
+        return dict(everything([weights, method.state(), optimizer.state_dict()]))
 
     def assert_same(one, two):
         assert one.keys() == two.keys()
@@ -193,12 +197,13 @@ BAD_STEPS = """
         ("bf16", 2, 1, 0.0, 3.0, False, "none"),
         ("bf16", 2, 2, 1.0, 0.0, True, "optimizer"),
         ("fp32", 3, 1, 0.0, 3.0, False, "parameters"),
+        ("bf16", "fsdp2", 2, 0.0, 3.0, True, "none"),
     ],
 )
 def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any(
     run_ranks: Callable[..., list[str]],
     precision: str,
-    stage: int,
+    stage: int | str,
     ranks: int,
     clip: float,
     clip_each: float,

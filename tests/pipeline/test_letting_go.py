@@ -1,4 +1,4 @@
-"""What an engine does with layers that freeze, at every ZeRO stage: against a plain loop that does the same."""
+"""What an engine does with layers that freeze, at every ZeRO stage and under FSDP2: against a plain loop."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,19 +36,20 @@ SCRIPT = """
     import torch
     import torch.distributed as dist
     from pipeline import distributed
-    from pipeline.engine import Engine
-    from pipeline.engine_config import EngineConfig, Precision
+    from pipeline.engine_config import FSDP2, EngineConfig, Precision
+    from pipeline.engines import build_engine
     from pipeline.methods import LocalMIMConfig, MoCoConfig, build_method
     from pipeline.methods.localmim import DecoderRates
-    from pipeline.models.momentum import local
     from pipeline.models.vit import ViT, ViTConfig
     from pipeline.optim import OptimConfig, adamw, parameter_groups
-    from pipeline.optimizer_state import place_of_shard
     from pipeline.pieces import Reader
     from pipeline.schedules import StepPlan
+    from pipeline.shards import local, place_of_shard
 
     world = distributed.start()
-    METHOD, STAGE, PRECISION = "{method}", {stage}, Precision("{precision}")
+    METHOD, STAGE, PRECISION = "{method}", {stage!r}, Precision("{precision}")
+    # Whether each process has a part of the weights only.
+    CUT = STAGE in (3, "fsdp2")
     DTYPE = torch.bfloat16 if PRECISION is Precision.bf16 else torch.float32
     OPTIM = OptimConfig(clip={clip}, decay_vectors=False)
     CONFIG = (
@@ -84,9 +85,8 @@ SCRIPT = """
         return build_method(CONFIG, ViT(vit, seed=0))
 
     def make_engine():
-        return Engine(
-            make_method(), EngineConfig(PRECISION, STAGE), OPTIM, local_batch=8, device=world.device
-        )
+        config = FSDP2(PRECISION) if STAGE == "fsdp2" else EngineConfig(PRECISION, STAGE)
+        return build_engine(make_method(), config, OPTIM, local_batch=8, device=world.device)
 
     class Plain:
         def __init__(self):
@@ -150,7 +150,7 @@ SCRIPT = """
         count_sent(name)
 
     def kept_bytes(engine):
-        optimizer = engine._engine.optimizer
+        optimizer = engine._optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
         return sum(
             t.numel() * t.element_size()
@@ -166,10 +166,10 @@ SCRIPT = """
 
     def mine(p):
         # What pads a shard is nobody's.
-        return local(p) if STAGE < 3 else local(p)[: place_of_shard(p, world.rank)[1]]
+        return local(p).reshape(-1)[: place_of_shard(p, world.rank)[1]]
 
     def weights(engine):
-        if STAGE < 3:
+        if not CUT:
             return dict(engine.method.named_parameters())
         engine.save(scratch / "now")
         dist.barrier()
@@ -210,8 +210,8 @@ SCRIPT = """
     for k, first in ((2, 9), (3, 15)):
         share = share_live(engine.method, k)
         assert memory[first] < (share + 0.03) * memory[1], (memory, share)
-        # At stage 3 a forward needs what is frozen, too, from all processes.
-        if world.size > 1 and STAGE < 3:
+        # Where weights are cut a forward needs what is frozen, too, from all processes.
+        if world.size > 1 and not CUT:
             extra = 3000  # norms, losses, batch statistics
             assert traffic[first] < share * traffic[1] + extra, (traffic, share)
     for saved in (7, 11):  # before and after the first event
@@ -258,6 +258,8 @@ ROUNDED_BF16 = {"tolerance": 2e-2, "loss_tolerance": 2e-2}
         ("moco", 2, "bf16", 2, 0.0, "tapped", EXACT),
         ("moco", 3, "fp32", 1, 0.0, "tapped", EXACT),
         ("moco", 3, "bf16", 2, 0.0, "tapped", EXACT),
+        ("localmim", "fsdp2", "fp32", 2, 0.5, "shared", ROUNDED),
+        ("moco", "fsdp2", "bf16", 1, 0.0, "tapped", ROUNDED_BF16),
     ],
 )
 def test_frozen_layers_are_let_go(

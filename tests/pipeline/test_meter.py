@@ -10,12 +10,13 @@ from monitoring.metrics import check
 from pipeline import distributed
 from pipeline.checkpoint import TrainState
 from pipeline.compression.schedule import compression
-from pipeline.engine import Engine, StepResult
+from pipeline.engine import Engine
 from pipeline.engine_config import EngineConfig, Precision
 from pipeline.meter import Meter
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
 from pipeline.schedules import Budget, StepPlan, Unit
+from pipeline.training_engine import StepResult
 from pipeline.tuning import Tuned
 
 

@@ -12,9 +12,9 @@ import torch
 from data.loader import Loader, LoaderConfig
 from data.manifest import Manifest
 from data.views import center_view
-from pipeline.engine import StepResult
 from pipeline.preemption import ProcessFailedError
 from pipeline.skips import SkippedSteps, find_samples
+from pipeline.training_engine import StepResult
 
 GOOD = StepResult(torch.tensor(1.5), {}, applied=True)
 BAD = StepResult(torch.tensor(float("nan")), {}, applied=False)
@@ -94,7 +94,7 @@ ON_TWO = """
     import torch
     from data.manifest import Manifest
     from pipeline import distributed
-    from pipeline.engine import StepResult
+    from pipeline.training_engine import StepResult
     from pipeline.preemption import ProcessFailedError
     from pipeline.skips import SkippedSteps
 

@@ -1,4 +1,4 @@
-"""A parameter that takes no part in a step has no gradient in it, at any ZeRO stage."""
+"""A parameter that takes no part in a step has no gradient in it, at any ZeRO stage and under FSDP2."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.engine import Engine
-from pipeline.engine_config import EngineConfig, Offload, Precision
+from pipeline.engine_config import FSDP2, EngineConfig, Offload, Precision
+from pipeline.engines import build_engine
 from pipeline.methods.base import Batch, StepOutput
 from pipeline.methods.localmim import LocalMIM, LocalMIMConfig
 from pipeline.methods.moco import MoCo, MoCoConfig
@@ -34,14 +35,16 @@ class Sometimes(MoCo):
         return StepOutput(self.projector(features).square().mean() + features.square().mean(), {})
 
 
-def norms(stage: int, make_batch: Callable[..., Batch], offload: Offload = Offload.none) -> list[float]:
+def norms(stage: int | str, make_batch: Callable[..., Batch], offload: Offload = Offload.none) -> list[float]:
     distributed.start()
     torch.manual_seed(0)
     vit = ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3, reference_length=17)
     method = Sometimes(MoCoConfig(hidden_dim=64, out_dim=32), ViT(vit, seed=0))
     # Clipped by the global norm, which must not count what is left of earlier steps.
-    config = EngineConfig(Precision.fp32, stage, offload, layer_norms=True)
-    engine = Engine(method, config, OptimConfig(clip=0.5), local_batch=8, device=torch.device("cpu"))
+    config = EngineConfig(Precision.fp32, 0 if stage == "fsdp2" else int(stage), offload, layer_norms=True)
+    if stage == "fsdp2":
+        config = FSDP2(Precision.fp32, layer_norms=True)
+    engine = build_engine(method, config, OptimConfig(clip=0.5), local_batch=8, device=torch.device("cpu"))
     left_out = {id(p) for p in method.predictor.parameters()}
     found = []
     for step in range(6):
@@ -56,8 +59,10 @@ def norms(stage: int, make_batch: Callable[..., Batch], offload: Offload = Offlo
 OFFLOADED = [(1, Offload.optimizer), (2, Offload.optimizer), (3, Offload.optimizer), (3, Offload.parameters)]
 
 
-@pytest.mark.parametrize(("stage", "offload"), [*((stage, Offload.none) for stage in (1, 2, 3)), *OFFLOADED])
-def test_gradients_of_earlier_steps_are_gone(stage: int, offload: Offload, make_batch: Callable[..., Batch]) -> None:
+@pytest.mark.parametrize(("stage", "offload"), [*((stage, Offload.none) for stage in (1, 2, 3, "fsdp2")), *OFFLOADED])
+def test_gradients_of_earlier_steps_are_gone(
+    stage: int | str, offload: Offload, make_batch: Callable[..., Batch]
+) -> None:
     assert norms(stage, make_batch, offload) == pytest.approx(norms(0, make_batch), rel=1e-4)
 
 

@@ -146,13 +146,17 @@ def assert_same_run(first: Life, second: Life) -> None:
     assert [r["step"] for r in second.rows()] == list(range(1, len(first.losses()) + 1))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, ranks: int) -> None:
-    whole = train("whole", ranks)
+# With probes, which call the backbone on its own.
+FSDP2 = ["engine=fsdp2", "probe.share=0.5", "probe.support=16", "probe.queries=8", "probe.k=3"]
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(1, []), (2, []), (2, FSDP2)], ids=["1", "2", "2-fsdp2"])
+def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, ranks: int, words: list[str]) -> None:
+    whole = train("whole", ranks, *words)
     whole.succeed()
     assert len(whole.losses()) == STEPS
 
-    first = train("parts", ranks)
+    first = train("parts", ranks, *words)
     first.wait_for_step(7)
     first.send(signal.SIGTERM)
     codes, output = first.end()
@@ -161,9 +165,10 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(train: Train, rank
     assert stopped_at["state"] == "stopped"
     assert 7 <= stopped_at["step"] < STEPS
 
-    second = train("parts", ranks)
+    second = train("parts", ranks, *words)
     assert f"resumed at step {stopped_at['step']}" in second.succeed()
     assert_same_run(whole, second)
+    assert ("knn_top1_ratio" in (whole.directory / "metrics.jsonl").read_text()) == bool(words)
     frozen = [row["frozen_layers"] for row in second.rows()]
     assert frozen[0] == 0
     assert frozen[-1] == 3
