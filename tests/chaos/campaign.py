@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from chaos.chain import Chain, Tally
-from chaos.events import CHANGES, ENABLED, ENDINGS
+from chaos.events import CHANGES, ENDINGS, KINDS
 from chaos.sabotage import SABOTAGES
 from chaos.self_check import notices
 from chaos.small_disk import own_mounts
@@ -127,7 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--chains", type=int, default=0, help="at least so many")
     parser.add_argument("--deaths", type=int, default=0, help="at least so many")
     parser.add_argument("--seed", default="0", help="of the events; moments within a life are the machine's")
-    parser.add_argument("--kinds", nargs="+", default=ENABLED, choices=[*ENDINGS, *CHANGES], metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
     return parser.parse_args()
 
 

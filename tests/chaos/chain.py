@@ -49,7 +49,7 @@ class Chain:
         self._disk = SmallDisk(directory / "runs") if small_disk else None
         self._condition = Condition(ranks)
         self._lives: list[Life] = []
-        self._modes: set[tuple[int, int]] = set()
+        self._modes: set[tuple[int, str]] = set()
         self.files = RunFiles(directory / "runs", self._disk)
         self.networks = directory / "networks.pt"
         self.tally = Tally(Counter(chains=1))
@@ -84,8 +84,8 @@ class Chain:
         """Start the next life."""
         condition = self._condition
         witness = Witness("", str(self.networks), condition.clock_hours, condition.sync_seconds, self._sabotage)
-        words = words_of(self.files.runs, self._shards, condition.stage)
-        self._modes.add((condition.ranks, condition.stage))
+        words = words_of(self.files.runs, self._shards, condition.engine)
+        self._modes.add((condition.ranks, condition.engine))
         self._lives.append(Life(len(self._lives) + 1, self._directory, Setting(words, condition.ranks, witness, anew)))
         return self._lives[-1]
 

@@ -16,6 +16,7 @@ from chaos.tiny_run import STEPS
 
 STOPPED = 75
 REFUSED = (1, 2)
+ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 _START_SECONDS = 1.5
 _STEP_SECONDS = 0.06
 _SAVE_SECONDS = 0.12
@@ -27,7 +28,7 @@ class Condition:
     """Under what a life is lived."""
 
     ranks: int
-    stage: int = 1
+    engine: str = "zero1"
     clock_hours: float = 0.0
     sync_seconds: float = 0.0
 
@@ -165,9 +166,9 @@ def resize(files: RunFiles, condition: Condition, draw: Random) -> bool:
     return True
 
 
-def change_stage(files: RunFiles, condition: Condition, draw: Random) -> bool:
-    """Go on with another stage of ZeRO."""
-    condition.stage = draw.choice([stage for stage in (0, 1, 2, 3) if stage != condition.stage])
+def change_engine(files: RunFiles, condition: Condition, draw: Random) -> bool:
+    """Go on at another stage of ZeRO, or without DeepSpeed."""
+    condition.engine = draw.choice([engine for engine in ENGINES if engine != condition.engine])
     return True
 
 
@@ -190,8 +191,6 @@ CHANGES: dict[str, Change] = {
     "delete": partial(damage, "delete"),
     "latest": lose_latest,
     "resize": resize,
-    "stage": change_stage,
+    "engine": change_engine,
 }
-# A run cannot yet go on with other processes or at another stage, and does not yet answer for a full disk.
-DISABLED: set[str] = set()
-ENABLED = [kind for kind in (*ENDINGS, *CHANGES) if kind not in DISABLED]
+KINDS = [*ENDINGS, *CHANGES]

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from chaos.sabotage import SABOTAGES
 from chaos.tiny_run import STEPS
+from torch.distributed.tensor import DTensor
 
 from pipeline import cli
-from pipeline.engine import Engine
 from pipeline.methods import Method
 from pipeline.methods.base import Batch
 from pipeline.schedules import StepPlan
-from pipeline.training_engine import StepResult
+from pipeline.shards import is_cut
+from pipeline.training_engine import StepResult, TrainingEngine
 
 VARIABLE = "CHAOS_WITNESS"
 _JUMP_AFTER = 2  # steps of a life
@@ -75,31 +76,37 @@ def dump_networks(method: Method, path: Path) -> None:
 
     followers = {name: each for encoder in method.momentum_encoders() for name, each in encoder.parameters.items()}
     with deepspeed.zero.GatheredParameters([*method.parameters(), *followers.values()]):
-        # Under ZeRO 3 the state has a part of each average; in fp32 the network's own parameters are the average.
-        whole = {name: each.detach() for name, each in followers.items() if hasattr(each, "ds_tensor")}
-        networks = {"weights": method.state_dict(), "momentum": method.state() | whole}
+        # Of what is cut the state has a part; in fp32 the network's own parameters are the average.
+        whole = {name: _whole(each) for name, each in followers.items() if is_cut(each)}
+        weights = {name: _whole(each) for name, each in method.state_dict().items()}
+        networks = {"weights": weights, "momentum": method.state() | whole}
         if os.environ["RANK"] == "0":
             temporary = path.with_suffix(".tmp")
             torch.save(networks, temporary)
             temporary.rename(path)
 
 
-def _watch_steps(path: Path, tick: Callable[[], None]) -> list[Engine]:
-    """Write one line for every step before it is taken; return the list that the engines will be in."""
-    engines: list[Engine] = []
-    record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    step, start = Engine.step, Engine.__init__
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather what FSDP2 has cut."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
-    def started(self: Engine, *args: Any, **kwargs: Any) -> None:
+
+def _watch_steps(path: Path, tick: Callable[[], None]) -> list[TrainingEngine]:
+    """Write one line for every step before it is taken; return the list that the engines will be in."""
+    engines: list[TrainingEngine] = []
+    record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    step, start = TrainingEngine.step, TrainingEngine.__init__
+
+    def started(self: TrainingEngine, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
         engines.append(self)
 
-    def watched(self: Engine, batch: Batch, plan: StepPlan, *args: Any) -> StepResult:
+    def watched(self: TrainingEngine, batch: Batch, plan: StepPlan, *args: Any) -> StepResult:
         os.write(record, f"{json.dumps(_seen(batch, plan))}\n".encode())
         tick()
         return step(self, batch, plan, *args)
 
-    Engine.__init__, Engine.step = started, watched  # type: ignore[method-assign]
+    TrainingEngine.__init__, TrainingEngine.step = started, watched  # type: ignore[method-assign]
     return engines
 
 

@@ -46,6 +46,6 @@ _WORDS = [
 ]
 
 
-def words_of(runs: Path, shards: Path, stage: int) -> list[str]:
+def words_of(runs: Path, shards: Path, engine: str) -> list[str]:
     """Return the command's words for the run below `runs`."""
-    return [*_WORDS, f"runs={runs}", f"data.shards={shards}", f"engine.stage={stage}"]
+    return [*_WORDS, f"runs={runs}", f"data.shards={shards}", f"engine={engine}"]

@@ -16,7 +16,7 @@ from chaos.run_files import RunFiles
 from chaos.tiny_run import BATCH, STEPS
 from torch import Tensor
 
-# Other sums in another order, where the number of processes or the stage changed.
+# Other sums in another order, where the number of processes or the engine changed.
 TOLERANCE = 1e-5
 
 

@@ -25,7 +25,7 @@ def warm_up() -> None:
     # DeepSpeed asks for the second one when it looks at an optimizer, and gets all of the compiler with it.
     for name in ("pipeline.train", "deepspeed.runtime.zero.muon.muon_optimizer"):
         importlib.import_module(name)
-    config = load("train", words_of(Path(), Path(), stage=1))
+    config = load("train", words_of(Path(), Path(), engine="zero1"))
     with torch.device("meta"):
         views = build_method(config.method, ViT(config.model, seed=0)).views()
     build_graph(views, _no_source, 2, torch.device("cpu"), 1, 1, config.data.color, Decoding())
