@@ -200,6 +200,25 @@ def on_main(action: Callable[[], T]) -> T | None:
     return result
 
 
+def meeting() -> str:
+    """Say on which nodes the processes are, and how they met. All processes must call this together."""
+    if world_size() == 1:
+        return f"on node {host()}"
+    hosts = [""] * world_size()
+    dist.all_gather_object(hosts, host())
+    nodes = list(dict.fromkeys(hosts))
+    named = ", ".join(nodes[:4]) + (", ..." if len(nodes) > 4 else "")
+    interfaces = [os.environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if os.environ.get(name)]
+    by_way = f" by way of {', '.join(dict.fromkeys(interfaces))}" if interfaces else ""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return f"on {len(nodes)} node(s) ({named}), met at {where}{by_way}"
+
+
+def host() -> str:
+    """Return the name of this node."""
+    return socket.gethostname().split(".")[0]
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     any_rank(False)

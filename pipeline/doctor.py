@@ -14,7 +14,7 @@ from data.resources import processes_here
 from pipeline import distributed
 from pipeline.checkpoint import TrainState
 from pipeline.checkups import disk, machine, trial
-from pipeline.checkups.finding import Finding, Verdict, host, table, worst
+from pipeline.checkups.finding import Finding, Verdict, table, worst
 from pipeline.config import DoctorConfig
 from pipeline.distributed import World
 from pipeline.train import build, plans_ahead
@@ -65,7 +65,7 @@ def _of_all(findings: list[Finding]) -> tuple[list[list[Finding]], list[str]]:
     """Return what every process found, and where each is."""
     everything: list[tuple[list[Finding], str]] = [([], "")] * distributed.world_size()
     if distributed.world_size() == 1:
-        return [findings], [host()]
-    dist.all_gather_object(everything, (findings, host()))
+        return [findings], [distributed.host()]
+    dist.all_gather_object(everything, (findings, distributed.host()))
     by_rank, hosts = zip(*everything, strict=True)
     return list(by_rank), list(hosts)

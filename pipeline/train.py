@@ -279,13 +279,13 @@ def plans_ahead(parts: Parts, state: TrainState) -> list[StepPlan]:
 
 
 def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState) -> None:
+    meeting = distributed.meeting()
     if not world.is_main:
         return
+    log.info("%d process(es) on %s %s", world.size, world.device, meeting)
     log.info(
-        "run %s: %d process(es) on %s, %d samples in %d classes, batch %d, budget %g %s",
+        "run %s: %d samples in %d classes, batch %d, budget %g %s",
         config.directory,
-        world.size,
-        world.device,
         parts.loader.num_samples,
         len(parts.loader.classes),
         config.batch_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -69,8 +68,3 @@ def table(findings: Sequence[Finding]) -> str:
         if each.remedy:
             lines.append(f"{'':<4}  {'':<{width}}  -> {each.remedy}")
     return "\n".join(lines)
-
-
-def host() -> str:
-    """Return the name of this node."""
-    return socket.gethostname().split(".")[0]

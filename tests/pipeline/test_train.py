@@ -436,5 +436,5 @@ def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) ->
         timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 process(es) on cpu" in done.stdout
+    assert "2 process(es) on cpu on 1 node(s) (" in done.stdout
     assert json.loads((tmp_path / "t" / "status.json").read_text())["state"] == "finished"
