@@ -272,9 +272,12 @@ def _stage(config: LoaderConfig, index: SampleIndex) -> Originals:
 
 def _check_batch_size(batch_size: int, world_size: int) -> None:
     if batch_size < 1 or batch_size % world_size:
+        divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0] or [1]
+        nearest = sorted(sorted(divisors, key=lambda n: abs(n - world_size))[:2])
         raise ValueError(
             f"batch_size: {batch_size} must be divisible by the number of processes, {world_size}; "
-            f"try {max(1, round(batch_size / world_size)) * world_size}."
+            f"start {' or '.join(map(str, nearest))} of them, "
+            f"or a new run with batch_size={max(1, round(batch_size / world_size)) * world_size}."
         )
 
 

@@ -51,8 +51,12 @@ class RunDirectory:
             shutil.rmtree(self.path)
 
     def open(self, overrides: list[str]) -> None:
-        """Create or reopen the directory and write down how the run was started."""
+        """Create or reopen the directory and write down how the run was started; a new one is its user's alone."""
+        is_new = not (self.path / CONFIG_NAME).exists()
         self.path.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            # Another process may have created it meanwhile. Who shares a run says so (chmod), and that stays.
+            self.path.chmod(0o700)
         (self.path / CONFIG_NAME).write_text(to_yaml(self._config))
         words = without_files(overrides, self._config.compression)
         (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(word)}\n" for word in words))

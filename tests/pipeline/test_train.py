@@ -353,7 +353,7 @@ def test_what_cannot_be_resumed_is_refused(train: Train) -> None:
     papers = {p.name: p.read_bytes() for p in life.directory.iterdir() if p.suffix in (".yaml", ".json", ".jsonl")}
     assert "batch_size must stay what it was" in refuse(train("run", 1, "batch_size=8"))
     said = refuse(train("run", 3))
-    assert "batch_size: 16 must be divisible by the number of processes, 3; try 15" in said, said
+    assert "batch_size: 16 must be divisible by the number of processes, 3; start 2 or 4 of them" in said, said
     assert "engine.precision must stay what it was" in refuse(train("run", 1, "engine.precision=bf16"))
     assert "optim.decay_vectors must stay what it was" in refuse(train("run", 1, "optim.decay_vectors=false"))
     assert "rate.warmup must stay what it was" in refuse(train("run", 1, "rate.warmup=0.3"))
