@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from monitoring.histogram import Histogram
+from prometheus_client import Histogram
 
 
 @dataclass(frozen=True)
@@ -15,5 +15,4 @@ class Live:
     phase: str
     # By names of the catalogue.
     numbers: Mapping[str, float]
-    phase_seconds: Mapping[str, Histogram]
-    step_seconds: Histogram
+    durations: Sequence[Histogram]

@@ -170,7 +170,7 @@ LEARNING = Row(
         Panel(
             "Gradient norm",
             ((of_run("grad_norm"), "{{run}}"),),
-            "Global, before clipping. Spikes with skipped steps: lower the rate or clip.",
+            "Global, before clipping. Spikes with skipped steps: lower rate.base or optim.clip.",
         ),
         Panel(
             "Feature spread",

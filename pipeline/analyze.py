@@ -28,8 +28,8 @@ from pipeline.config import AnalyzeConfig, TrainConfig
 from pipeline.distributed import World
 from pipeline.methods import check_compressible
 from pipeline.networks import networks
+from pipeline.parts import build_schedules
 from pipeline.run_directory import read_overrides
-from pipeline.train import build_schedules
 
 # At the very end the rate of the last layer is zero, and it would count as one that still waits.
 LAST = 1 - 1e-6

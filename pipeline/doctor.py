@@ -17,7 +17,7 @@ from pipeline.checkups import disk, machine, trial
 from pipeline.checkups.finding import Finding, Verdict, table, worst
 from pipeline.config import DoctorConfig
 from pipeline.distributed import World
-from pipeline.train import build, plans_ahead
+from pipeline.parts import build
 
 
 def run(config: DoctorConfig) -> int:
@@ -52,8 +52,8 @@ def _run_in_small(config: DoctorConfig, world: World) -> Iterator[Finding]:
     try:
         parts = build(replace(config, run="trial", runs=str(scratch), overwrite=False), world)
         yield trial.images(parts.loader, config.batch_size // world.size)
-        yield from trial.steps(parts.loader, parts.engine, plans_ahead(parts, TrainState()))
-        yield trial.checkpoint(parts.engine, scratch, parts.checkpointer)
+        yield from trial.steps(parts.loader, parts.engine, parts.plans_ahead(TrainState()))
+        yield trial.checkpoint(parts.engine, parts.checkpointer)
         parts.loader.close()
     finally:
         distributed.barrier()

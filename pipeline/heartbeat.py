@@ -17,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from monitoring.histogram import Histogram
+from monitoring.histogram import histogram
 from monitoring.live import Live
+from monitoring.metrics import PHASE_SECONDS, STEP_SECONDS
 
 RECENT_STEPS = 100
 FILE_SECONDS = 5.0
@@ -69,8 +70,8 @@ class Heartbeat:
         self._thread = threading.get_ident()
         # Of the step that is under way; a phase may be entered more than once.
         self._parts = dict.fromkeys(PARTS, 0.0)
-        self._phase_seconds = {phase: Histogram() for phase in PARTS}
-        self._step_seconds = Histogram()
+        self._durations = (histogram(PHASE_SECONDS), histogram(STEP_SECONDS))
+        self._phase_seconds = {phase: self._durations[0].labels(phase.value) for phase in PARTS}
 
     def begin(self, step: int) -> None:
         """Begin the step after `step` steps; it waits for its batch."""
@@ -102,8 +103,7 @@ class Heartbeat:
             "phases_total": place.entered,
             "waiting": float(waiting),
         }
-        phases = {phase.value: histogram for phase, histogram in self._phase_seconds.items()}
-        return Live(place.phase.value, numbers, phases, self._step_seconds)
+        return Live(place.phase.value, numbers, self._durations)
 
     def _leave(self, now: float) -> None:
         phase = self.place.phase
@@ -111,7 +111,7 @@ class Heartbeat:
             self._parts[phase] += now - self.place.since
 
     def _count(self, now: float) -> None:
-        self._step_seconds.observe(now - self._began)
+        self._durations[1].observe(now - self._began)
         for phase, seconds in self._parts.items():
             self._phase_seconds[phase].observe(seconds)
             self._parts[phase] = 0.0

@@ -15,9 +15,9 @@ from pipeline.freezing import NoFreeze
 from pipeline.interplay import warn_of_early_freezing
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
+from pipeline.parts import build_schedules, build_tuner
 from pipeline.plots import schedule_picture
 from pipeline.schedules import Schedules, StepPlan, Unit
-from pipeline.train import build_schedules, build_tuner
 from pipeline.tuning import NoTuning
 
 

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from itertools import pairwise
 
-import torch
-
-from data.loader import Loader
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
 from pipeline.checkpoint import Checkpointer, TrainState
-from pipeline.compression import Adaptive
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
-from pipeline.engines import build_engine
 from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
-from pipeline.identity import identity
-from pipeline.interplay import check_waiting, warn_of_early_freezing, whole_from
+from pipeline.interplay import warn_of_early_freezing
 from pipeline.meter import Meter
-from pipeline.methods import Method, build_method
-from pipeline.models.vit import ViT
+from pipeline.parts import Parts, build
 from pipeline.preemption import ProcessFailedError, StopRequest
 from pipeline.prewarm import prewarm
-from pipeline.probes.knn import KNNProbe
 from pipeline.run_directory import RunDirectory
-from pipeline.schedules import Budget, Schedules, StepPlan
+from pipeline.schedules import StepPlan
 from pipeline.skips import SkippedSteps
-from pipeline.training_engine import StepResult, TrainingEngine
-from pipeline.tuning import NoTuning, tuner_for
+from pipeline.training_engine import StepResult
 from pipeline.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything a run is made of."""
-
-    method: Method
-    schedules: Schedules
-    budget: Budget
-    tuner: NoTuning
-    loader: Loader
-    engine: TrainingEngine
-    checkpointer: Checkpointer
-    probe: KNNProbe
 
 
 def run(config: TrainConfig, overrides: list[str]) -> int:
@@ -68,7 +43,7 @@ def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequ
         directory.open(overrides)
     watchdog.open(config.directory / "heartbeats")
     _announce(config, world, parts, state)
-    prewarm(parts.method, plans_ahead(parts, state), config.batch_size // world.size, world.device)
+    prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
     try:
         return train(config, world, stop, parts, state, directory, watchdog.heartbeat)
     except ValueError as error:
@@ -95,21 +70,21 @@ def train(
     sinks = _open_sinks(config, world, state, heartbeat)
     meter = Meter(parts.method, parts.budget, config.batch_size)
     skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
-    finished = _progress(parts.budget, state) >= 1
+    finished = parts.progress(state) >= 1
 
     batches = parts.loader.batches(start=state.samples)
     while not finished:
         heartbeat.begin(state.step)
         batch = next(batches)
         heartbeat.enter(Phase.tune)
-        plan = parts.tuner.plan(parts.schedules.at(_progress(parts.budget, state)), state)
+        plan = parts.tuner.plan(parts.schedules.at(parts.progress(state)), state)
         meter.tuned(parts.tuner.tune(batch, plan, state))
         result = parts.engine.step(batch, plan, heartbeat)
         cost = parts.method.sample_cost(plan)
         state.advance(config.batch_size, cost)
         meter.count(plan, result, cost, parts.loader.wait_seconds)
         skips.watch(state.step, result, batch)
-        progress = _progress(parts.budget, state)
+        progress = parts.progress(state)
         finished = progress >= 1
         heartbeat.finish(state.step)
 
@@ -173,86 +148,6 @@ def _metrics(parts: Parts, meter: Meter, state: TrainState, plan: StepPlan, resu
     return metrics | {name: float(value) for name, value in result.metrics.items()}
 
 
-def build(config: TrainConfig, world: World) -> Parts:
-    """Build the parts of a run from its config, the same on every process.
-
-    Raises:
-        ValueError: parts that do not fit together, such as a batch size that the processes cannot share.
-    """
-    torch.manual_seed(config.seed)
-    method = build_method(config.method, ViT(config.model, config.seed))
-    schedules = build_schedules(config, method)
-    loader = Loader(
-        config.data,
-        method.views(),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-    )
-    tuner = build_tuner(config, schedules, method, world.size)
-    engine = build_engine(
-        method, config.engine, config.optim, local_batch=config.batch_size // world.size, device=world.device
-    )
-    return Parts(
-        method=method,
-        schedules=schedules,
-        budget=Budget(config.budget.value, config.budget.unit),
-        tuner=tuner,
-        loader=loader,
-        engine=engine,
-        checkpointer=Checkpointer(
-            config.directory / "checkpoints",
-            config.checkpoint,
-            identity(config, loader.manifest.fingerprint, world.size, schedules),
-        ),
-        probe=KNNProbe(config.probe, config.data, loader.num_samples if loader.classes else 0, config.seed),
-    )
-
-
-def build_schedules(config: TrainConfig, method: Method) -> Schedules:
-    """Return the schedules of a run, every planned shape checked against the model.
-
-    Raises:
-        ValueError: a patch size that does not divide the image, a grid without the cell to start with, or layers that
-            are to wait for whole images that do not come.
-    """
-    compression, model = config.compression, config.model
-    if isinstance(compression, Adaptive):
-        compression = compression.fitted(model.image_size, model.patch_size)
-    check_waiting(compression, config.freeze)
-    schedules = Schedules(
-        rate=config.rate,
-        peak_rate=config.rate.peak(config.batch_size),
-        weight_decay=config.optim.weight_decay_at,
-        compression=compression,
-        freeze=config.freeze,
-        num_layers=method.encoder.num_layers,
-        method=method,
-        whole_from=whole_from(compression, model.image_size, model.patch_size),
-    )
-    for progress in (0.0, *schedules.changes()):
-        method.tokens(schedules.at(progress))
-    return schedules
-
-
-def build_tuner(config: TrainConfig, schedules: Schedules, method: Method, processes: int) -> NoTuning:
-    """Return what chooses the compression while a run trains, if it is chosen then.
-
-    Raises:
-        ValueError: a budget that cannot pay for it, or a batch that cannot be cut for it.
-    """
-    return tuner_for(
-        schedules.compression,
-        method,
-        unit=config.budget.unit,
-        batch_size=config.batch_size,
-        processes=processes,
-        seed=config.seed,
-    )
-
-
 def _open_sinks(config: TrainConfig, world: World, state: TrainState, heartbeat: Heartbeat) -> MetricSink:
     return build_sinks(
         config.monitor,
@@ -264,18 +159,6 @@ def _open_sinks(config: TrainConfig, world: World, state: TrainState, heartbeat:
         resume_step=state.step,
         live=heartbeat.live,
     )
-
-
-def _progress(budget: Budget, state: TrainState) -> float:
-    return budget.progress(steps=state.step, samples=state.samples, cost=state.cost)
-
-
-def plans_ahead(parts: Parts, state: TrainState) -> list[StepPlan]:
-    """Return one plan of each shape that the rest of the run has."""
-    now = _progress(parts.budget, state)
-    edges = [now, *(p for p in parts.schedules.changes() if p > now), 1.0]
-    plans = [parts.schedules.at((begin + end) / 2) for begin, end in pairwise(edges)]
-    return [each for plan in plans for each in parts.tuner.reachable(plan)]
 
 
 def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState) -> None:

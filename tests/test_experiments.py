@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.compose import CONFIG_DIR, experiments, load
 from pipeline.config import TrainConfig
+from pipeline.parts import build_schedules
 from pipeline.plan import imagine, stages
 from pipeline.schedules import Shape
-from pipeline.train import build_schedules
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = (REPOSITORY / "docs" / "experiments.md").read_text()

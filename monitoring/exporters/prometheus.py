@@ -16,17 +16,12 @@ from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from monitoring.live import Live
-from monitoring.metrics import CATALOG, LIVE, PHASE, PHASE_SECONDS, PREFIX, STEP_SECONDS, TERMS, check
+from monitoring.metrics import CATALOG, LIVE, PHASE, PREFIX, TERMS, check
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +117,8 @@ def _families(live: Live) -> Iterator[Family]:
     phase = GaugeMetricFamily(PREFIX + PHASE, LIVE[PHASE].help, labels=[LIVE[PHASE].label])
     phase.add_metric([live.phase], 1)
     yield phase
-    phases = HistogramMetricFamily(PREFIX + PHASE_SECONDS, LIVE[PHASE_SECONDS].help, labels=[LIVE[PHASE_SECONDS].label])
-    for name, histogram in live.phase_seconds.items():
-        phases.add_metric([name], histogram.buckets(), histogram.total)
-    yield phases
-    steps = live.step_seconds
-    yield HistogramMetricFamily(PREFIX + STEP_SECONDS, LIVE[STEP_SECONDS].help, steps.buckets(), steps.total)
+    for durations in live.durations:
+        yield from durations.collect()
 
 
 def _run_info(world_size: int) -> dict[str, str]:

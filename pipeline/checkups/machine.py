@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -71,13 +72,16 @@ def available_memory() -> int:
     """Return the bytes that may still be allocated on this node, within the limit of a job."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    # No such limit, or an older kernel.
-    except (OSError, ValueError):
-        return free
-    return min(free, limit - used)
+    return min([free, *_left_in_cgroups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text())])
+
+
+def _left_in_cgroups(root: Path, membership: str) -> Iterator[int]:
+    """Yield what the cgroup of a process (version 2) and those around it still allow, each that has a limit."""
+    own = next((line.removeprefix("0::/") for line in membership.splitlines() if line.startswith("0::/")), "")
+    for group in (root / own, *(root / own).parents):
+        limit = group / "memory.max"
+        if limit.is_file() and (text := limit.read_text().strip()) != "max":
+            yield int(text) - int((group / "memory.current").read_text())
 
 
 def clock(world: World) -> Finding:

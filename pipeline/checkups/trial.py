@@ -69,7 +69,7 @@ def steps(loader: Loader, engine: TrainingEngine, plans: Sequence[StepPlan]) -> 
         yield ok("steps", f"{shape}: {seconds:.2f} s{_peak()}")
 
 
-def checkpoint(engine: TrainingEngine, directory: Path, checkpointer: Checkpointer) -> Finding:
+def checkpoint(engine: TrainingEngine, checkpointer: Checkpointer) -> Finding:
     """Save and restore. Every process must call this."""
     begin = time.perf_counter()
     checkpointer.save(engine, TrainState(step=STEPS), 0.0)
@@ -78,7 +78,9 @@ def checkpoint(engine: TrainingEngine, directory: Path, checkpointer: Checkpoint
     if checkpointer.failure:
         return fail("checkpoint", checkpointer.failure, "make room, or say runs=DIR")
     if checkpointer.restore(engine) is None:
-        return fail("checkpoint", f"what was written to {directory} is not found again", "look at the file system")
+        return fail(
+            "checkpoint", f"what was written to {checkpointer.directory} is not found again", "look at the file system"
+        )
     size = metrics["checkpoint_bytes"] / 1e6
     return ok(
         "checkpoint", f"{size:,.0f} MB written in {saved - begin:.1f} s, read in {time.perf_counter() - saved:.1f} s"

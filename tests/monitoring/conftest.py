@@ -10,6 +10,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,17 +85,28 @@ def checkout(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def server(checkout, program):
+@contextmanager
+def serving(log, command):
+    """Start a program on a free port of loopback, which `command` is asked with; the port, until it is ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    with log.open("w") as out, subprocess.Popen(command(port), stdout=out, stderr=out) as process:
+        yield port
+        process.terminate()
+
+
+@pytest.fixture(scope="session", name="serving")
+def serving_fixture():
+    return serving
+
+
+@pytest.fixture(scope="module")
+def server(checkout, program):
     command = [
         program("prometheus"),
         f"--config.file={checkout / 'monitoring' / 'prometheus' / 'prometheus.yml'}",
         f"--storage.tsdb.path={checkout / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
     ]
-    with (checkout / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    with serving(checkout / "log", lambda port: [*command, f"--web.listen-address=127.0.0.1:{port}"]) as port:
         yield Server(port)
-        process.terminate()

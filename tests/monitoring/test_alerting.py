@@ -3,11 +3,9 @@
 import json
 import queue
 import re
-import socket
 import subprocess
 import threading
 import time
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -42,7 +40,7 @@ def messages():
 
 
 @pytest.fixture(scope="module")
-def alertmanager(messages, program, tmp_path_factory):
+def alertmanager(messages, program, serving, tmp_path_factory):
     """The port of an Alertmanager with the shipped configuration; only the clocks are faster."""
     directory = tmp_path_factory.mktemp("alertmanager")
     text = (HERE / "prometheus" / "alertmanager.yml").read_text()
@@ -50,19 +48,14 @@ def alertmanager(messages, program, tmp_path_factory):
     text, replaced = re.subn(r"group_(wait|interval): \w+", r"group_\1: 200ms", text)
     assert replaced == 2
     (directory / "alertmanager.yml").write_text(text)
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         program("alertmanager"),
         f"--config.file={directory / 'alertmanager.yml'}",
         f"--storage.path={directory}",
-        f"--web.listen-address=127.0.0.1:{port}",
         "--cluster.listen-address=",
     ]
-    with (directory / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    with serving(directory / "log", lambda port: [*command, f"--web.listen-address=127.0.0.1:{port}"]) as port:
         yield port
-        process.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,19 @@ def test_little_memory_is_a_warning(gibibytes: int, verdict: Verdict, monkeypatc
     assert machine.memory(processes_here=4).verdict is verdict
 
 
+def test_the_limit_of_a_job_counts_and_those_around_it(tmp_path: Path) -> None:
+    for name, limit, used in (
+        ("slurm", "9000", "2000"),
+        ("slurm/job", "max", "1500"),
+        ("slurm/job/step", "5000", "1000"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / name / "memory.current").write_text(f"{used}\n")
+    assert sorted(machine._left_in_cgroups(tmp_path, "0::/slurm/job/step\n")) == [4000, 7000]
+    assert not list(machine._left_in_cgroups(tmp_path, "4:memory:/slurm\n"))
+
+
 def test_a_driver_without_a_gpu_for_pytorch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert machine.gpu(ALONE).verdict is Verdict.fail

@@ -7,8 +7,8 @@ import pytest
 from pipeline.compose import load
 from pipeline.config import TrainConfig
 from pipeline.methods import Method
+from pipeline.parts import build_schedules
 from pipeline.plan import StageRow, imagine, run, stages, uncompressed_cost
-from pipeline.train import build_schedules
 
 
 def plan(*overrides: str) -> tuple[TrainConfig, Method, list[StageRow]]:

@@ -20,10 +20,10 @@ from pipeline.compose import load
 from pipeline.evaluate import load_encoder
 from pipeline.evaluate import run as evaluate
 from pipeline.identity import identity
+from pipeline.parts import build_schedules
 from pipeline.pieces import Reader
 from pipeline.plan import imagine
 from pipeline.run_directory import read_overrides
-from pipeline.train import build_schedules
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 24

@@ -5,9 +5,9 @@ import urllib.request
 import pytest
 
 from monitoring.exporters.prometheus import PrometheusSink
-from monitoring.histogram import Histogram
+from monitoring.histogram import histogram
 from monitoring.live import Live
-from monitoring.metrics import CATALOG, LIVE, PREFIX
+from monitoring.metrics import CATALOG, LIVE, PHASE_SECONDS, PREFIX, STEP_SECONDS
 
 
 @pytest.fixture
@@ -18,11 +18,12 @@ def sink(tmp_path):
 
 
 def live():
-    steps = Histogram()
+    steps, phases = histogram(STEP_SECONDS), histogram(PHASE_SECONDS)
+    phases.labels("data")
     for seconds in (0.002, 0.01, 0.011, 1000.0):
         steps.observe(seconds)
     numbers = {"phase_timestamp_seconds": 5.0, "phases_total": 7.0, "waiting": 1.0}
-    return Live("forward", numbers, {"data": Histogram(), "forward": steps}, steps)
+    return Live("forward", numbers, (phases, steps))
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_every_scrape_asks_where_the_process_is(live_sink, program):
     assert counts['_bucket{le="0.003"}'] == 1
     assert counts['_bucket{le="0.01"}'] == 2
     assert counts['_bucket{le="0.03"}'] == 3
-    assert counts['_bucket{le="60"}'] == 3
+    assert counts['_bucket{le="60.0"}'] == 3
     assert counts['_bucket{le="+Inf"}'] == counts["_count"] == 4
     assert counts["_sum"] == pytest.approx(1000.023)
     assert 'coldpress_phase_duration_seconds_count{phase="data"} 0.0' in text

@@ -10,8 +10,9 @@ from pipeline.checkpoint import TrainState
 from pipeline.compose import load
 from pipeline.distributed import World
 from pipeline.models.vit import ViT
+from pipeline.parts import build
 from pipeline.run_directory import RunDirectory
-from pipeline.train import build, train
+from pipeline.train import train
 
 
 class Watcher:
