@@ -31,7 +31,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# pytest-xdist goes on where a file cannot be imported, and would say so half an hour later.
 suite: $(INSTALLED)
+	@$(BIN)/pytest --collect-only -qq >/dev/null || $(BIN)/pytest --collect-only -qq
 	$(BIN)/pytest -q -n 2 --dist worksteal --durations=15
 
 test-slow: $(INSTALLED)

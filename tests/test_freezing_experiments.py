@@ -12,9 +12,9 @@ from pipeline.compose import CONFIG_DIR, load
 from pipeline.config import TrainConfig
 from pipeline.freezing import Curve, FreezeOut, NoFreeze, Warmup
 from pipeline.methods.localmim import DecoderRates
+from pipeline.parts import build_schedules
 from pipeline.plan import imagine, stages
 from pipeline.schedules import Schedules
-from pipeline.train import build_schedules
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "freezing.md").read_text()
 PUBLISHED = ("localmim_in1k", "localmim_in1k_frozen")

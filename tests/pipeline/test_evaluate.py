@@ -14,9 +14,10 @@ from data.shard import run as shard
 from pipeline import distributed, evaluate
 from pipeline.checkpoint import TrainState
 from pipeline.compose import load
+from pipeline.parts import build
 from pipeline.preemption import SIGNALS, StopRequest
 from pipeline.run_directory import RunDirectory
-from pipeline.train import build, train
+from pipeline.train import train
 
 RUN = ["experiment=demo", "budget.value=2", "batch_size=8", "log_every=1", "data.threads=1", "monitor.prometheus=false"]
 

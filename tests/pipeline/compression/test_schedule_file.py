@@ -10,9 +10,9 @@ from pipeline.compose import load
 from pipeline.compression import Stage, Staged
 from pipeline.compression.schedule_file import SHIPPED, in_line, read_schedule, write_schedule
 from pipeline.config import TrainConfig
+from pipeline.parts import build_schedules
 from pipeline.plan import imagine, stages, uncompressed_cost
 from pipeline.run_directory import without_files
-from pipeline.train import build_schedules
 
 TWO = [Stage(30, 0.5, until=0.25), Stage(None, 0.1, key_patch_size=24, key_dropout=0.0, until=1.0)]
 fractions = st.floats(0, 0.999)
