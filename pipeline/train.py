@@ -48,10 +48,11 @@ def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequ
         return train(config, world, stop, parts, state, directory, watchdog.heartbeat)
     except ValueError as error:
         # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
-        _say(directory, "failed", state)
-        raise ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}") from error
-    except Exception:
-        _say(directory, "failed", state)
+        failure = ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}")
+        _say_failed(directory, state, failure)
+        raise failure from error
+    except Exception as error:
+        _say_failed(directory, state, error)
         raise
     finally:
         parts.loader.close()
@@ -113,7 +114,7 @@ def train(
 
     _finish_saving(parts.checkpointer, state, sinks, heartbeat)
     _say(directory, "finished" if finished else "stopped", state)
-    log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
+    log.info("%s at step %d%s", "finished" if finished else "stopped, saved", state.step, stop.after())
     return 0 if finished else stop.exit_code
 
 
@@ -184,3 +185,8 @@ def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState
 def _say(directory: RunDirectory | None, status: str, state: TrainState) -> None:
     if directory is not None:
         directory.status(status, state.step)
+
+
+def _say_failed(directory: RunDirectory | None, state: TrainState, error: Exception) -> None:
+    if directory is not None:
+        directory.failed(state.step, error)

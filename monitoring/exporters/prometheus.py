@@ -26,6 +26,8 @@ from monitoring.metrics import CATALOG, LIVE, PHASE, PREFIX, TERMS, check
 log = logging.getLogger(__name__)
 
 WILDCARDS = ("0.0.0.0", "::")
+# A counter that appears with its first event has not grown, to Prometheus.
+NOTHING_YET = {metric.name: 0.0 for metric in CATALOG.values() if metric.kind == "counter"}
 FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
 
@@ -53,7 +55,8 @@ class PrometheusSink:
         Raises:
             OSError: the address is not one of this machine, or the target file cannot be written.
         """
-        self._latest = _Latest({"start_timestamp_seconds": time.time()}, _run_info(world_size), live)
+        known = {**NOTHING_YET, "start_timestamp_seconds": time.time()}
+        self._latest = _Latest(known, _run_info(world_size), live)
         registry = CollectorRegistry()
         registry.register(self._latest)
         self._server, self._thread = _serve(registry, address, port)
