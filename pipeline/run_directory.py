@@ -93,6 +93,14 @@ class RunDirectory:
             )
 
 
+def state_of(directory: Path) -> str:
+    """Return what a run was doing when it last said so: running, stopped, finished or failed; nothing before."""
+    try:
+        return str(json.loads((directory / STATUS_NAME).read_text())["state"])
+    except OSError:
+        return ""
+
+
 def read_overrides(directory: Path) -> list[str]:
     """Return the overrides with which a run was started.
 

@@ -35,6 +35,7 @@ ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 # NoInAddrAny keeps every listener on the address of the host name. Without DefMemPerCPU a job takes all memory.
 CONF = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={controller}({address})
 SlurmctldPort={port}
 SlurmUser={user}
@@ -190,6 +191,8 @@ class SlurmCluster:
             port=self._controller_port,
             user=getpass.getuser(),
             root=self.root,
+            # Clusters side by side share the ports of one machine, which follow from the numbers of jobs.
+            first_job=1000 + os.getpid() * 97 % 8000,
             kill_wait=self.kill_wait,
             nodes="\n".join(lines),
         )
