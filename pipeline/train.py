@@ -43,7 +43,6 @@ def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequ
         directory.open(overrides)
     watchdog.open(config.directory / "heartbeats")
     _announce(config, world, parts, state)
-    prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
     try:
         return train(config, world, stop, parts, state, directory, watchdog.heartbeat)
     except ValueError as error:
@@ -69,6 +68,7 @@ def train(
 ) -> int:
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state, heartbeat)
+    prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
     meter = Meter(parts.method, parts.budget, config.batch_size)
     skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
     finished = parts.progress(state) >= 1
