@@ -45,14 +45,12 @@ def test_every_changed_byte_of_a_record_makes_it_none(interrupted):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"null", None])
-def test_without_its_plan_nothing_of_an_earlier_command_is_kept(interrupted, damage):
+def test_without_its_plan_only_what_is_of_the_same_plan_is_kept(interrupted, damage):
     plan = interrupted / LEDGER_NAME / "plan"
-    plan.unlink() if damage is None else plan.write_bytes(damage)
-    with Ledger(interrupted, PLAN) as ledger:
-        assert ledger.recall(NAME) is None
-        ledger.record(PACKED)
-    with Ledger(interrupted, PLAN) as ledger:
-        assert ledger.recall(NAME) == PACKED
+    for asked, kept in ((PLAN | {"seed": 1}, None), (PLAN, PACKED)):
+        plan.unlink() if damage is None else plan.write_bytes(damage)
+        with Ledger(interrupted, asked) as ledger:
+            assert ledger.recall(NAME) == kept
 
 
 def test_half_written_files_of_killed_processes_are_removed(interrupted):
@@ -77,12 +75,13 @@ def test_the_lock_of_a_folder_that_is_gone_is_none(tmp_path, monkeypatch):
         descriptor = real(path, *given)
         if not opened:
             opened.append(path)
-            os.rmdir(path)
+            os.unlink(path)
+            os.rmdir(path.parent)
         return descriptor
 
     monkeypatch.setattr(os, "open", open_and_finish)
     first, second = Ledger(tmp_path, PLAN), Ledger(tmp_path, PLAN)
     with first:
-        assert opened == [tmp_path / LEDGER_NAME]
+        assert opened == [tmp_path / LEDGER_NAME / "lock"]
         with pytest.raises(ValueError, match="another command is writing"):
             second.__enter__()
