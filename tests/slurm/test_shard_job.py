@@ -89,6 +89,7 @@ def test_a_job_that_lost_a_task_ends_and_another_number_of_nodes_goes_on(slurm, 
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
     ended = slurm.wait(job, timeout=20)
     assert ended["JobState"] == "FAILED", log.read_text()
+    assert "part 1 of 2 is finished" not in log.read_text()
     recorded = [output / path.stem for path in output.glob(".unfinished/*.record")]
     kept = {path: path.stat().st_ino for path in recorded}
     assert 2 <= len(kept) < 20
