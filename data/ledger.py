@@ -108,7 +108,7 @@ class Ledger:
                 )
             if deadline is None:
                 deadline = time.monotonic() + _LEASE
-                print(f"{self.output} is locked on {host}; waiting {_LEASE:.0f} s, if that is gone", flush=True)
+                print(f"{self.output} is locked on {host}; waiting {_LEASE:.0f} s, in case that is lost", flush=True)
             time.sleep(1)
 
     def _taken_by(self) -> str:

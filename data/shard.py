@@ -116,7 +116,7 @@ def _write(config: ShardConfig, source: Source, ledger: Ledger, started: float) 
     _pack_part(config, source, dealt, ledger)
     with ledger.part_finished() as unfinished:
         if unfinished:
-            return f"{ledger.part} is finished, not yet {_few(unfinished)}; the last to finish writes {MANIFEST_NAME}."
+            return f"{ledger.part} is finished, {_few(unfinished)} to come; the last to finish writes {MANIFEST_NAME}."
         merge = Merge(ledger.output, source, _recall_all(config, dealt, ledger))
         merge.refuse_rejected(config.max_rejected)
         manifest = merge.publish(config.source, ledger.plan)

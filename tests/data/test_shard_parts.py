@@ -97,7 +97,7 @@ def test_parts_at_once_write_what_one_process_writes(images, whole, tmp_path, pa
 @pytest.mark.parametrize(("killed", "resumed"), [([0], 3), ([1], 1), ([0, 1], 3), ([0, 1], 2)])
 def test_parts_killed_anywhere_are_finished_by_any_number_of_parts(images, whole, tmp_path, killed, resumed):
     output = tmp_path / "out"
-    processes = start(images, output, 2, pause=0.03)
+    processes = start(images, output, 2, pause=0.05)
     wait_until(lambda: len(list(output.glob("*.tar"))) >= 4)
     # In the middle of a shard.
     for victim in killed:
@@ -206,7 +206,7 @@ def test_the_holder_on_another_node_may_be_gone_with_it(tmp_path, monkeypatch, c
     gone, next_one = Ledger(tmp_path, PLAN), Ledger(tmp_path, PLAN)
     with gone, pytest.raises(ValueError, match=f"another command is writing to {tmp_path}, on {HERE}"):
         next_one.__enter__()
-    assert capsys.readouterr().out == f"{tmp_path} is locked on {HERE}; waiting 0 s, if that is gone\n"
+    assert capsys.readouterr().out == f"{tmp_path} is locked on {HERE}; waiting 0 s, in case that is lost\n"
     gone.__enter__()
     threading.Timer(0.3, gone.__exit__, (None, None, None)).start()
     with next_one:
