@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, Si
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
+from pipeline.probes.linear import LinearConfig
 from pipeline.schedules import BudgetConfig, RateConfig
 from pipeline.watchdog import WatchdogConfig
 
@@ -129,6 +131,13 @@ class DoctorConfig(TrainConfig):
             raise ValueError(f"samples must be at least 1, got {self.samples}; 256 is usual.")
 
 
+class Protocol(Enum):
+    """By what features are judged."""
+
+    knn = "knn"
+    linear = "linear"
+
+
 @dataclass
 class EvaluateConfig:
     """Evaluation of one run's encoder."""
@@ -143,7 +152,10 @@ class EvaluateConfig:
     shards: str = ""
     # At most so many support samples; 0 takes all.
     support: int = 0
-    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    protocol: Protocol = Protocol.knn
+    # Numbers of neighbors; 1 is plain nearest neighbor.
+    k: list[int] = field(default_factory=lambda: [1, 10, 20, 100, 200])
+    linear: LinearConfig = field(default_factory=LinearConfig)
 
     def __post_init__(self) -> None:
         _check_support(self.support)

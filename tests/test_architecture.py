@@ -179,6 +179,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.freezing",
         "pipeline.schedules",
     },
+    "pipeline.linear_protocol": {"pipeline.distributed", "pipeline.models", "pipeline.probes", "data"},
     "pipeline.following": {"pipeline.checkpoint_files", "pipeline.distributed", "pipeline.run_directory"},
     "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
