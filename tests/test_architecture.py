@@ -141,8 +141,11 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.methods",
         "pipeline.schedules",
     },
+    "pipeline.flops": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
+    "pipeline.peaks": {"pipeline.engine_config"},
     "pipeline.meter": {
         "pipeline.checkpoint",
+        "pipeline.flops",
         "pipeline.methods",
         "pipeline.schedules",
         "pipeline.training_engine",
