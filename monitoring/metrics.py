@@ -1,4 +1,4 @@
-"""The catalogue: every number that a run may report, or be asked for, with its meaning. Sinks refuse all others."""
+"""The catalogue: every number that runs and exporters report or are asked for, with its meaning. No other is taken."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ class Metric:
     name: str
     kind: Literal["gauge", "counter", "histogram"]
     help: str
-    label: str = ""
+    labels: tuple[str, ...] = ()
 
 
-def _gauge(name: str, text: str) -> Metric:
-    return Metric(name, "gauge", text)
+def _gauge(name: str, text: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", text, labels)
 
 
 def _counter(name: str, text: str) -> Metric:
     return Metric(name, "counter", f"{text}, counted since the process started.")
+
+
+def _driver_counter(name: str, text: str, *labels: str) -> Metric:
+    return Metric(name, "counter", f"{text}, counted since the driver was loaded.", labels)
 
 
 # Terms of a loss by name: they go while the run goes on.
@@ -106,17 +110,51 @@ _METRICS = (
 # What a process is asked for between two reports; where its main thread is, on its own account.
 PHASE, PHASE_SECONDS, STEP_SECONDS = "phase", "phase_duration_seconds", "step_duration_seconds"
 _LIVE = (
-    Metric(PHASE, "gauge", "1 for the phase that the process is in.", "phase"),
+    _gauge(PHASE, "1 for the phase that the process is in.", "phase"),
     _gauge("phase_timestamp_seconds", "Unix time at which the process entered its phase."),
     _counter("phases_total", "Phases that the process entered; all enter the same ones, so who has fewer is behind"),
     _gauge("waiting", "1 while the main thread waits for other processes."),
-    Metric(PHASE_SECONDS, "histogram", "Time of a step in each of its phases, as the host sees it.", "phase"),
+    Metric(PHASE_SECONDS, "histogram", "Time of a step in each of its phases, as the host sees it.", ("phase",)),
     Metric(STEP_SECONDS, "histogram", "Duration of a step, waiting for data included, probes and saves not."),
 )
 
-CATALOG: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _METRICS})
-LIVE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _LIVE})
-assert len({*CATALOG, *LIVE}) == len(_METRICS) + len(_LIVE), "a name is listed twice"
+# What the exporter of a node says of each of its GPUs.
+_GPUS = (
+    _gauge("node_gpu_up", "1 while the driver answers for the GPU; 0 once it is lost.", "gpu"),
+    _gauge("node_gpu_info", "1; which GPU it is.", "gpu", "name", "uuid"),
+    _gauge("node_gpu_utilization_ratio", "Share of the driver's last sample in which something ran on the GPU.", "gpu"),
+    _gauge("node_gpu_memory_used_bytes", "Memory of the GPU in use, by all processes.", "gpu"),
+    _gauge("node_gpu_memory_total_bytes", "Memory of the GPU.", "gpu"),
+    _gauge("node_gpu_power_watts", "Power that the GPU draws.", "gpu"),
+    _gauge("node_gpu_power_limit_watts", "Power that it may draw.", "gpu"),
+    _gauge("node_gpu_temperature_celsius", "Temperature of the GPU's core.", "gpu"),
+    _gauge("node_gpu_sm_clock_hertz", "Clock of the multiprocessors.", "gpu"),
+    _gauge("node_gpu_sm_clock_max_hertz", "The highest clock that they can have.", "gpu"),
+    _gauge("node_gpu_throttled", "1 while the reason holds the clocks down.", "gpu", "reason"),
+    _driver_counter("node_gpu_ecc_errors_total", "Memory errors, corrected or not", "gpu", "kind"),
+    _driver_counter("node_gpu_pcie_replays_total", "Transfers over PCIe that had to be repeated", "gpu"),
+    _gauge("node_gpu_read_timestamp_seconds", "Unix time at which the driver last answered for all GPUs of the node."),
+)
+# What the exporter of a cluster says.
+_SLURM = (
+    _gauge("slurm_up", "1 if Slurm answered when it was last asked."),
+    _gauge("slurm_read_timestamp_seconds", "Unix time at which Slurm was last asked."),
+    _gauge("slurm_read_seconds", "Time that it took to answer, or to fail."),
+    _gauge("slurm_jobs", "Jobs that Slurm still knows.", "state", "partition"),
+    _gauge("slurm_jobs_pending", "Jobs that wait, by the reason.", "reason"),
+    _gauge("slurm_job_restarts", "Restarts of all jobs of coldpress that wait or run."),
+    _gauge("slurm_nodes", "Nodes by their state.", "state"),
+    _gauge("slurm_nodes_not_responding", "Nodes that do not answer Slurm, whatever their state."),
+)
+
+
+def _catalog(metrics: tuple[Metric, ...]) -> Mapping[str, Metric]:
+    return MappingProxyType({metric.name: metric for metric in metrics})
+
+
+CATALOG, LIVE, GPUS, SLURM = map(_catalog, (_METRICS, _LIVE, _GPUS, _SLURM))
+_EVERYTHING = (*_METRICS, *_LIVE, *_GPUS, *_SLURM)
+assert len({metric.name for metric in _EVERYTHING}) == len(_EVERYTHING), "a name is listed twice"
 
 
 def check(metrics: Mapping[str, float]) -> None:

@@ -233,6 +233,7 @@ DOORS = {
     # The second one measures DALI's own readers, as a peer of ours.
     "nvidia": {"data/dali/", "pipeline/benchmarks/peers/dali_reader.py"},
     "prometheus_client": {"monitoring/"},
+    "pynvml": {"monitoring/exporters/gpu_exporter.py"},
     "hydra": {"pipeline/compose.py"},
     "yaml": {"pipeline/compression/schedule_file.py"},
     "omegaconf": {"pipeline/compose.py", "pipeline/config.py"},

@@ -116,7 +116,7 @@ def test_who_is_behind_and_where_is_seen(scraped):
 
 
 def test_a_killed_rank_is_down_and_a_closed_one_is_gone(scraped, ranks, checkout):
-    ranks[1]._stop()  # as a kill does: the target file stays
+    ranks[1].endpoint.stop()  # as a kill does: the target file stays
     scraped.wait('up{run="a", rank="1"} == 0', 1)
     ranks[0].close()
     scraped.wait('up{run="a"}', 1)
