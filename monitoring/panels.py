@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from monitoring.node_panels import GPUS, QUEUE
 from monitoring.panel import RATE, RUN, Dashboard, Panel, Row, of_run, quantile, rate_of_run, share_of_phases
+
+# Exporters have targets, too, and no run.
+RANKS_UP = 'up{job="coldpress", run=~"$run"}'
 
 # On both pages.
 SAMPLES = Panel(
@@ -272,7 +276,7 @@ OVERVIEW = Row(
         MFU,
         Panel(
             "Processes",
-            ((f"sum by (run) (up{RUN})", "{{run}} up"), (f"count by (run) (up{RUN})", "{{run}} all")),
+            ((f"sum by (run) ({RANKS_UP})", "{{run}} up"), (f"count by (run) ({RANKS_UP})", "{{run}} all")),
             "Fewer up than there are: a process that did not end well, or a node that nobody reaches.",
             "none",
         ),
@@ -301,5 +305,5 @@ DASHBOARDS = (
         "coldpress: one run",
         (THROUGHPUT, PROGRESS, LEARNING, SCHEDULES, RANKS, CHECKPOINTS),
     ),
-    Dashboard("coldpress-cluster", "coldpress: all runs", (OVERVIEW, CLUSTER), many=True),
+    Dashboard("coldpress-cluster", "coldpress: all runs", (OVERVIEW, CLUSTER, GPUS, QUEUE), many=True),
 )

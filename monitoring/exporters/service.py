@@ -50,17 +50,22 @@ def serve(collector: Collector, config: ExporterConfig, kind: str) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE)
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
-    endpoint = _open(collector, config, kind)
+    endpoint = open_endpoint(collector, config, kind)
     log.info("%s exporter of %s on port %d", kind, node_name(), endpoint.port)
     signal.sigwait(LEAVE)
     endpoint.close()
 
 
-def _open(collector: Collector, config: ExporterConfig, kind: str) -> Endpoint:
+def open_endpoint(collector: Collector, config: ExporterConfig, kind: str) -> Endpoint:
+    """Open the endpoint of an exporter and publish it.
+
+    Raises:
+        ValueError: it cannot be opened or published.
+    """
     node = node_name()
     # No rank is a word, so no run's file has this name. A job of its own: these are no ranks, which would be missed.
     target = Path(config.runs) / TARGETS / f"{node}-{kind}.json"
-    labels = {"job": f"coldpress_{kind}", "node": node, "instance": f"{node}:{kind}"}
+    labels = {"job": f"coldpress-{kind}", "node": node, "instance": f"{node}:{kind}"}
     try:
         return Endpoint(collector, config.address, config.port, target, labels)
     except OSError as error:

@@ -60,7 +60,7 @@ def test_it_is_found_answers_and_takes_its_target_back(tmp_path, number):
     path = tmp_path / ".targets" / "n7-gpu.json"
     with exporter(tmp_path, "gpu-exporter") as process:
         entry = published(path, process)
-        assert entry["labels"] == {"job": "coldpress_gpu", "node": "n7", "instance": "n7:gpu"}
+        assert entry["labels"] == {"job": "coldpress-gpu", "node": "n7", "instance": "n7:gpu"}
         assert 'coldpress_node_gpu_up{gpu="1"} 1.0' in scrape(entry)
         # What schedulers send before they end a job is not for it.
         process.send_signal(signal.SIGUSR2)
