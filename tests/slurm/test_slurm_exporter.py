@@ -12,6 +12,7 @@ from monitoring.metrics import PREFIX
 
 # Three answers take milliseconds; this machine may be busy.
 TIMEOUT = 30
+CANCELLED = 'jobs{partition="main",state="cancelled"}'
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ def test_jobs_by_state_reasons_restarts_and_nodes(slurm, environment, tmp_path):
     assert more('jobs{partition="preemptible",state="pending"}') == 1
     assert more('jobs_pending{reason="JobHeldUser"}') == 1
     assert more('jobs_pending{reason="Dependency"}') == 1
+    # What has ended is known for a while.
+    while (found := said(reader)).get(CANCELLED, 0) < before.get(CANCELLED, 0) + 2:
+        assert time.monotonic() < end, found
+        time.sleep(0.2)
     nodes = {name: value for name, value in found.items() if name.startswith("nodes{")}
     assert sum(nodes.values()) == len(slurm.nodes)
     assert found["nodes_not_responding"] == 0

@@ -37,8 +37,10 @@ def exporter(tmp_path, *words, **environment):
     with subprocess.Popen(
         command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as it:
-        yield it
-        it.kill()
+        try:
+            yield it
+        finally:
+            it.kill()
 
 
 def published(path, process):
@@ -84,6 +86,7 @@ def test_a_killed_one_is_missed_and_its_successor_not_forgotten(tmp_path):
             entry = published(path, second)
             first.terminate()
             assert first.wait(20) == 0
+            assert path.exists()
             assert published(path, second) == entry
 
 
