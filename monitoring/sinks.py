@@ -111,6 +111,7 @@ def build_sinks(
                     live=live,
                 )
             )
-        except (OSError, OverflowError) as error:
+        # Addresses that are no names, no thread left, a full disk: nothing of it is a reason not to train.
+        except Exception as error:
             log.warning("no metrics endpoint on %s: %s; the run goes on without.", config.address, error)
     return MultiSink(sinks) if sinks else NullSink()

@@ -50,7 +50,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Take the target back and stop; a successor's target of the same name stays."""
-        with suppress(OSError):
+        with suppress(OSError, UnicodeError):
             if self._target.read_text() == self._content:
                 self._target.unlink()
         self.stop()

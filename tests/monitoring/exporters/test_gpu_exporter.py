@@ -57,6 +57,7 @@ def test_reasons_are_always_the_same_few(driver):
     _, found = said(GpuReader(2))
     throttled = {name: value for name, value in found.items() if name.startswith("node_gpu_throttled")}
     assert len(throttled) == 2 * len(THROTTLES)
+    assert sum(THROTTLES.values()) == pynvml.nvmlClocksEventReasonAll
     assert [name for name, value in throttled.items() if value] == [
         'node_gpu_throttled{gpu="0",reason="gpu_idle"}',
         'node_gpu_throttled{gpu="1",reason="hw_thermal_slowdown"}',
