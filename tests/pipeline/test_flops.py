@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
-from pipeline.flops import StepFlops, step_flops
+from pipeline.flops import COUNT_EVERY, StepFlops, step_flops
 from pipeline.methods import DINOConfig, LocalMIMConfig, Method, MoCoConfig, SimCLRConfig, build_method
 from pipeline.methods.moco import MoCo
 from pipeline.models.momentum import CLOSED
@@ -137,6 +137,18 @@ def test_a_shape_is_counted_once(forwards: list[StepPlan]) -> None:
     assert len(forwards) == 4
     assert found[:4] == found[4:] == [step_flops(method, plan, SAMPLES) for plan in plans[:4]]
     assert len(set(found)) == 4
+
+
+def test_layers_that_come_to_be_shared_are_noticed() -> None:
+    method = make(METHODS["moco-symmetric"])
+    plan = plan_of(method, WHOLE, 3)
+    count = StepFlops(method, SAMPLES)
+    apart = count(plan)
+    (momentum,) = method.momentum_encoders()
+    momentum._gaps = [CLOSED / 2] * len(momentum._gaps)
+    later = [count(plan) for _ in range(COUNT_EVERY)]
+    assert later[0] == apart
+    assert later[-1] == step_flops(method, plan, SAMPLES) < apart
 
 
 def test_a_vit_b_by_hand() -> None:
