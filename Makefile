@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint types suite test-slow chaos clean
+.PHONY: help install demo demo-cluster test lint types suite test-slow chaos clean
 
 help:
 	@echo "make demo [IMAGES=PATH]  install, then shard, pre-train, interrupt, resume and evaluate in minutes"
+	@echo "make demo-cluster [IMAGES=PATH]  the same on a real two-node Slurm: preempted, hit by a lost node, watched by Prometheus"
 	@echo "make test                install, then lint, types and the test suite"
 	@echo "make test-slow           the longer studies"
 	@echo "make chaos [DEATHS=200] [SEED=0]  kill, stop, resize and damage runs, and count what differs at their ends"
@@ -21,6 +22,9 @@ install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	@$(BIN)/coldpress demo $(if $(IMAGES),images="$(abspath $(IMAGES))")
+
+demo-cluster: $(INSTALLED)
+	@PYTHONPATH=.:tests $(BIN)/python -m operations.demonstration --at runs/demo-cluster $(if $(IMAGES),--images "$(abspath $(IMAGES))")
 
 test: lint types suite
 

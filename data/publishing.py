@@ -3,9 +3,12 @@
 import errno
 import hashlib
 import os
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+_PROCESS = secrets.token_hex(4)  # process numbers are those of one node
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,13 +26,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Return a neighbor that no other process writes to, such as one that was told to stop and has not yet."""
-    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    return path.with_name(f"{path.name}.{os.getpid()}-{_PROCESS}{TEMPORARY_SUFFIX}")
 
 
-def remove_temporaries(directory: Path) -> None:
-    """Remove what killed processes left half-written; of nobody who still writes there."""
+def remove_temporaries(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove what killed processes left half-written, of wanted names; of nobody who still writes there."""
     for path in directory.glob(f"*.[0-9]*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        if wanted(path.name):
+            path.unlink(missing_ok=True)
 
 
 def publish(written: Path, path: Path) -> None:

@@ -4,28 +4,24 @@ The same source and options give the same bytes, whatever the number of workers 
 was killed on the way: sample order and keys come from one seeded shuffle by the images' names.
 """
 
-import hashlib
 import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data.deal import Deal, Part, deal, read_part
 from data.images import ImagePolicy
 from data.ledger import Ledger, refuse_other_plan
-from data.manifest import LEDGER_NAME, MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from data.manifest import LEDGER_NAME, MANIFEST_NAME, Manifest
+from data.merge import Merge, incomplete
 from data.pack import PackedShard, ShardTask, keep_or_pack
-from data.publishing import write_atomically
-from data.rejected import REJECTED_NAME, Rejected, count_reasons, encode_rejected
 from data.repair import Repair, damaged_files
-from data.sources import Source, describe, scan
+from data.sources import Source, scan
 from data.workers import run_tasks
 
 SAMPLES_PER_SHARD = 1000
@@ -38,6 +34,8 @@ class ShardConfig:
     labels: file of the images' classes, for sources without class folders. classes: keep only those of this list,
     `imagenet100` or a file of one class a line. samples_per_shard, or else bytes_per_shard: encoded bytes as they lie
     in the source; 0 and 0 stand for SAMPLES_PER_SHARD. max_rejected: how many images may fail before the command does.
+    part: 2/4 writes the second of four parts, and the part that finishes last the manifest of all; without it each task
+    of a Slurm step takes a part of its own.
     The rest is what `data.images.ImagePolicy` says; without shorter_side, images are kept byte for byte.
     """
 
@@ -50,6 +48,7 @@ class ShardConfig:
     bytes_per_shard: int = 0
     seed: int = 0
     workers: int = 0
+    part: str = ""
     max_rejected: int = 0
     shorter_side: int = ImagePolicy.shorter_side
     quality: int = ImagePolicy.quality
@@ -72,6 +71,7 @@ class ShardConfig:
                 f"shard.bytes_per_shard: {self.bytes_per_shard} beside samples_per_shard={self.samples_per_shard}; "
                 "give one of them."
             )
+        read_part(self.part)
         self.policy()
 
     def policy(self) -> ImagePolicy:
@@ -84,15 +84,14 @@ def run(config: ShardConfig) -> None:
 
     Raises ValueError for a source or output that cannot be used, and for too many rejected images.
     """
-    started = time.monotonic()
+    started, part = time.monotonic(), read_part(config.part)
     _refuse_output_in_source(config)
     source, output = scan(Path(config.source), config.labels, config.classes), Path(config.output)
     plan = _plan(config, source)
-    manifest = _finished(output, plan)
+    manifest = _finished(output, plan, part)
     if manifest is None or damaged_files(output, manifest) or (output / LEDGER_NAME).exists():
-        with Ledger(output, plan) as ledger:
+        with Ledger(output, plan, part) as ledger:
             said = _write(config, source, ledger, started)
-            ledger.discard()
         print(said)
     else:
         print(_done_already(output, manifest))
@@ -110,26 +109,43 @@ def _refuse_output_in_source(config: ShardConfig) -> None:
 def _write(config: ShardConfig, source: Source, ledger: Ledger, started: float) -> str:
     """Shard or repair; return what to say of it."""
     # Looked at again, now that nobody else writes: another command may have finished the set meanwhile.
-    manifest = _finished(ledger.output, ledger.plan)
-    if manifest is None:
-        packed = _pack_all(config, source, ledger)
-        manifest = _publish(config, source, ledger.plan, packed)
-        return _table(manifest, source, packed, time.monotonic() - started)
-    damaged = damaged_files(ledger.output, manifest)
-    if not damaged:
-        return _done_already(ledger.output, manifest)
-    print(f"{ledger.output} lacks {len(damaged)} files of this set or holds others in their place: {_few(damaged)}")
-    repair = Repair(ledger.output, ledger.folder, manifest, frozenset(damaged))
-    repair.run(_tasks(config, source, ledger), source.rejected, config.workers)
-    return f"{len(damaged)} files written again; {_done_already(ledger.output, manifest)}"
+    manifest = _finished(ledger.output, ledger.plan, ledger.part)
+    if manifest is not None:
+        return _mend(config, source, ledger, manifest)
+    dealt = _deal(config, source)
+    _pack_part(config, source, dealt, ledger)
+    with ledger.part_finished() as unfinished:
+        if unfinished:
+            return f"{ledger.part} is finished, {_few(unfinished)} to come; the last to finish writes {MANIFEST_NAME}."
+        merge = Merge(ledger.output, source, _recall_all(config, dealt, ledger))
+        merge.refuse_rejected(config.max_rejected)
+        manifest = merge.publish(config.source, ledger.plan)
+    ledger.discard()
+    return merge.table(manifest, dealt.images(ledger.part), time.monotonic() - started)
 
 
-def _finished(output: Path, plan: dict[str, Any]) -> Manifest | None:
+def _mend(config: ShardConfig, source: Source, ledger: Ledger, manifest: Manifest) -> str:
+    """Give a finished set back what it lacks; where there are parts, the first does."""
+    damaged, done = damaged_files(ledger.output, manifest), _done_already(ledger.output, manifest)
+    if damaged and ledger.part.number > 1:
+        return f"{ledger.output} lacks {_few(damaged)}; part 1 writes that again."
+    if damaged:
+        print(f"{ledger.output} lacks {len(damaged)} files of this set or holds others in their place: {_few(damaged)}")
+        tasks = _tasks(config, source, _deal(config, source), ledger, Part())
+        repair = Repair(ledger.output, ledger.folder, manifest, frozenset(damaged))
+        repair.run(tasks, source.rejected, config.workers)
+        done = f"{len(damaged)} files written again; {done}"
+    if ledger.part.number == 1:
+        ledger.discard()
+    return done
+
+
+def _finished(output: Path, plan: dict[str, Any], part: Part) -> Manifest | None:
     """Return the manifest of a set of this plan, None if there is none. Raises ValueError for another set."""
     if not (output / MANIFEST_NAME).exists():
         return None
     manifest = Manifest.load(output)
-    refuse_other_plan(output, manifest.options, plan)
+    refuse_other_plan(output, manifest.options, plan, part)
     return manifest
 
 
@@ -137,8 +153,8 @@ def _done_already(output: Path, manifest: Manifest) -> str:
     return f"{output} holds this set already: {manifest.samples} samples in {len(manifest.shards)} shards."
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _few(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _plan(config: ShardConfig, source: Source) -> dict[str, Any]:
@@ -152,38 +168,38 @@ def _samples_per_shard(config: ShardConfig) -> int:
     return config.samples_per_shard or (0 if config.bytes_per_shard else SAMPLES_PER_SHARD)
 
 
-def _pack_all(config: ShardConfig, source: Source, ledger: Ledger) -> list[PackedShard]:
-    """Write every shard that is not there yet; return all, in order."""
-    packed = []
-    with closing(run_tasks(keep_or_pack, _tasks(config, source, ledger), config.workers)) as results:
-        for done in _follow(results, len(source)):
-            ledger.record(done)
-            packed.append(done)
-    return sorted(packed, key=lambda done: done.shard.name)
+def _pack_part(config: ShardConfig, source: Source, dealt: Deal, ledger: Ledger) -> None:
+    """Write every shard of this part that is not there yet."""
+    images = dealt.images(ledger.part)
+    if images < len(source):
+        print(f"{ledger.part}: {images} of {len(source)} images", flush=True)
+    tasks = _tasks(config, source, dealt, ledger, ledger.part)
+    with closing(run_tasks(keep_or_pack, tasks, config.workers)) as results:
+        for packed in _follow(results, images):
+            ledger.record(packed)
 
 
-def _tasks(config: ShardConfig, source: Source, ledger: Ledger) -> Iterator[ShardTask]:
-    """Deal the globally shuffled images out to shards."""
-    rows, policy = source.shuffled(config.seed), config.policy()
-    for number, (first, end) in enumerate(_deal(config, source, rows)):
-        name = f"{config.prefix}-{number:06d}.tar"
-        images = source.take(rows[first:end])
-        yield ShardTask(str(ledger.output / name), first, images, policy, ledger.recall(name))
+def _recall_all(config: ShardConfig, dealt: Deal, ledger: Ledger) -> list[PackedShard]:
+    """Return the records of all parts, in order."""
+    recalled = [ledger.recall(_name(config, number)) for number in range(len(dealt.shards))]
+    if None in recalled:
+        raise incomplete(ledger.output, f"the records of {recalled.count(None)} shards")
+    return [packed for packed in recalled if packed is not None]
 
 
-def _deal(config: ShardConfig, source: Source, rows: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of every shard's images among the shuffled rows."""
-    if not config.bytes_per_shard:
-        step = _samples_per_shard(config)
-        yield from ((first, min(first + step, len(rows))) for first in range(0, len(rows), step))
-        return
-    end_bytes, first = np.cumsum(source.sizes(rows)), 0
-    while first < len(rows):
-        before = int(end_bytes[first - 1]) if first else 0
-        fitting = int(np.searchsorted(end_bytes, before + config.bytes_per_shard, side="right"))
-        end = max(fitting, first + 1)  # an image larger than a shard gets one of its own
-        yield first, end
-        first = end
+def _tasks(config: ShardConfig, source: Source, dealt: Deal, ledger: Ledger, part: Part) -> Iterator[ShardTask]:
+    for number, (first, end) in enumerate(dealt.shards):
+        if part.has(number):
+            images, name = source.take(dealt.rows[first:end]), _name(config, number)
+            yield ShardTask(str(ledger.output / name), first, images, config.policy(), ledger.recall(name))
+
+
+def _deal(config: ShardConfig, source: Source) -> Deal:
+    return deal(source, config.seed, _samples_per_shard(config), config.bytes_per_shard)
+
+
+def _name(config: ShardConfig, number: int) -> str:
+    return f"{config.prefix}-{number:06d}.tar"
 
 
 def _follow(results: Iterable[PackedShard], total: int) -> Iterator[PackedShard]:
@@ -198,67 +214,3 @@ def _follow(results: Iterable[PackedShard], total: int) -> Iterator[PackedShard]
                 left = tqdm.format_interval((total - done) / rate)
                 print(f"{done} of {total} images, {rate:.0f} images/s, {left} left", flush=True)
             yield packed
-
-
-def _publish(config: ShardConfig, source: Source, plan: dict[str, Any], packed: list[PackedShard]) -> Manifest:
-    """Write the list of rejected images, refuse if there are too many, then write the manifest."""
-    output = Path(config.output)
-    rejected = _rejected(source, packed)
-    listed = encode_rejected(rejected) if rejected else b""
-    if listed:
-        write_atomically(output / REJECTED_NAME, listed)
-    else:
-        (output / REJECTED_NAME).unlink(missing_ok=True)  # of an attempt before images could be read
-    if len(rejected) > config.max_rejected:
-        raise ValueError(
-            f"shard.max_rejected: {len(rejected)} images are rejected, {config.max_rejected} may be "
-            f"({_reasons(rejected)}); see {output / REJECTED_NAME}, then run again with max_rejected={len(rejected)}, "
-            "or mend them and shard to a new output."
-        )
-    shards = tuple(done.shard for done in packed if done.shard.samples)
-    if not shards:
-        raise ValueError(f"shard.source: not one image of {config.source} decodes.")
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        classes=source.classes,
-        samples=sum(shard.samples for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        max_height=max(done.max_height for done in packed),
-        max_width=max(done.max_width for done in packed),
-        treatments=dict(sorted(sum((Counter(done.treatments) for done in packed), Counter()).items())),
-        rejected=len(rejected),
-        rejected_sha256=hashlib.sha256(listed).hexdigest() if listed else "",
-        shards=shards,
-        source=str(Path(config.source).resolve()),
-        options=plan,
-    )
-    manifest.write(output)
-    return manifest
-
-
-def _rejected(source: Source, packed: list[PackedShard]) -> list[Rejected]:
-    return [*source.rejected, *(pair for done in packed for pair in done.rejected)]
-
-
-def _table(manifest: Manifest, source: Source, packed: list[PackedShard], seconds: float) -> str:
-    rejected = _rejected(source, packed)
-    rows = {
-        "source": manifest.source,
-        "classes": len(manifest.classes) or "none (unlabelled)",
-        "samples": manifest.samples,
-        **{f"  {treatment}": count for treatment, count in manifest.treatments.items()},
-        "rejected": f"{len(rejected)} (see {REJECTED_NAME})" if rejected else 0,
-        **{f"  {reason}": count for reason, count in count_reasons(rejected)},
-        "ignored": describe(source.ignored) if source.ignored else 0,
-        "shards": len(manifest.shards),
-        "megabytes": f"{manifest.bytes / 1e6:.1f}",
-        "seconds": f"{seconds:.1f}",
-        "images/s": f"{manifest.samples / max(seconds, 1e-9):.0f}",
-    }
-    width = max(map(len, rows)) + 2
-    table = "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
-    return table.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _reasons(rejected: list[Rejected]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejected)[:3])

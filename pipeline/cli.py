@@ -40,6 +40,8 @@ KEEPS_OVERRIDES = {"train"}
 # Commands that go on where they were interrupted, and commands that leave at the first Ctrl-C, at once.
 GOES_ON = {"shard", "train", "analyze"}
 LEAVES_AT_ONCE = {"shard", "verify"}
+# Commands whose processes under Slurm do not meet, so that each says why it ends.
+SPEAKS_FOR_ITSELF = {"shard"}
 
 REFUSED, FAILED, INTERRUPTED, UNHEARD = 2, 1, 130, 141
 _REMEDIES = {
@@ -123,7 +125,7 @@ def dispatch(arguments: list[str]) -> int:
     try:
         return _run(command, overrides)
     except ValueError as error:
-        return _refuse(REFUSED, error)
+        return (_say if command in SPEAKS_FOR_ITSELF else _refuse)(REFUSED, error)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from here" if command in GOES_ON else ""
         return _refuse(INTERRUPTED, f"interrupted{goes_on}.")

@@ -137,6 +137,8 @@ class EvaluateConfig:
     runs: str = "runs"
     # latest, init (the untrained encoder of the same seed) or a step number.
     checkpoint: str = "latest"
+    # Evaluate every checkpoint as it is published, until the run has ended.
+    follow: bool = False
     # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
     shards: str = ""
     # At most so many support samples; 0 takes all.
@@ -147,6 +149,8 @@ class EvaluateConfig:
         _check_support(self.support)
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
+        if self.follow and self.checkpoint != "latest":
+            raise ValueError(f"follow=true evaluates every checkpoint; leave checkpoint={self.checkpoint} out.")
 
 
 @dataclass

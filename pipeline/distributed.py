@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.preemption import EXIT_HUNG, ProcessFailedError
 
 # srun, unlike torchrun, names these differently.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
@@ -43,6 +44,7 @@ def start() -> World:
 
     Raises:
         ValueError: the environment describes a process group only in part.
+        ProcessFailedError: they cannot meet; another try may go better.
     """
     _complete_environment()
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -56,9 +58,18 @@ def start() -> World:
     if not dist.is_initialized():
         # gloo beside nccl: flags and strings travel on the CPU without a device synchronization.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except dist.DistError as error:
+            raise ProcessFailedError(_not_met(rank, str(error)), EXIT_HUNG) from error
         atexit.register(stop)
     return World(rank, local_rank, size, device)
+
+
+def _not_met(rank: int, error: str) -> str:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    reason = "somebody else listens there" if "EADDRINUSE" in error else error.partition("\n")[0]
+    return f"process {rank} on {host()} cannot meet the others at {place}: {reason}; try again, or set MASTER_PORT."
 
 
 def stop() -> None:
@@ -215,8 +226,8 @@ def meeting() -> str:
 
 
 def host() -> str:
-    """Return the name of this node."""
-    return socket.gethostname().split(".")[0]
+    """Return the name of this node, Slurm's if it has one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
 
 
 def barrier() -> None:

@@ -14,7 +14,7 @@ from data.resources import processes_here
 from pipeline import distributed
 from pipeline.checkpoint import TrainState
 from pipeline.checkups import disk, machine, trial
-from pipeline.checkups.finding import Finding, Verdict, table, worst
+from pipeline.checkups.finding import Finding, Verdict, table, unfit_nodes, worst
 from pipeline.config import DoctorConfig
 from pipeline.distributed import World
 from pipeline.parts import build
@@ -23,9 +23,13 @@ from pipeline.parts import build
 def run(config: DoctorConfig) -> int:
     """Print what was found, with a remedy for what is wrong; return 1 if a run would not go."""
     world = distributed.start()
-    findings = worst(*_of_all(list(_checkups(config, world))))
+    by_rank, nodes = _of_all(list(_checkups(config, world)))
+    findings = worst(by_rank, nodes)
     if world.is_main:
         print(table(findings))
+        # The batch script reads it.
+        if unfit := unfit_nodes(by_rank, nodes):
+            print(f"nodes to leave out: {','.join(unfit)}")
     return int(any(each.verdict is Verdict.fail for each in findings))
 
 

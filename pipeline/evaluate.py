@@ -1,9 +1,10 @@
-"""Command: k-NN accuracy of a run's encoder, uncompressed."""
+"""Command: k-NN accuracy of a run's encoder, uncompressed, once or at every checkpoint."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import numpy as np
 
 from data.loader import LoaderConfig
 from data.manifest import Manifest
+from data.publishing import write_atomically
 from pipeline import distributed
 from pipeline.checkpoint_files import checkpoints, find_damage, name_of, newest_valid, step_of
 from pipeline.compose import load
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.distributed import World
+from pipeline.following import as_published, wait_for_run
 from pipeline.models.vit import ViT
 from pipeline.networks import networks
 from pipeline.probes.features import extract
@@ -39,13 +42,23 @@ class Split:
 def run(config: EvaluateConfig) -> None:
     """Print the weighted k-NN accuracy for each k and write it to the run's eval/ directory."""
     directory = Path(config.runs) / config.run
+    if config.follow:
+        wait_for_run(directory)
     training: TrainConfig = load("train", read_overrides(directory))
     support, queries = splits(config, training)
-    encoder, name = load_encoder(config, training)
+    # Before the processes meet: what is refused is refused at once.
+    encoders = _published(directory, training) if config.follow else iter([load_encoder(config, training)])
     world = distributed.start()
-    accuracies = evaluate(config, encoder.to(world.device), support, queries, world)
-    if world.is_main:
-        _report(directory, name, support, queries, accuracies)
+    for encoder, name in encoders:
+        accuracies = evaluate(config, encoder.to(world.device), support, queries, world)
+        if world.is_main:
+            _report(directory, name, support, queries, accuracies)
+
+
+def _published(directory: Path, training: TrainConfig) -> Iterator[tuple[ViT, str]]:
+    """Yield the encoder of each checkpoint that was not evaluated yet, until the run has ended."""
+    for checkpoint in as_published(directory, lambda name: _result(directory, name).exists()):
+        yield networks(training, checkpoint).representation, checkpoint.name
 
 
 def evaluate(config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World) -> dict[int, float]:
@@ -128,7 +141,11 @@ def _report(directory: Path, name: str, support: Split, queries: Split, accuraci
         "queries": {"shards": queries.data.shards, "samples": len(queries.ids)},
         "top1": {str(k): a for k, a in accuracies.items()},
     }
-    path = directory / "eval" / f"knn-{name}.json"
+    path = _result(directory, name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+    write_atomically(path, json.dumps(result, indent=1).encode())
     log.info("written: %s", path)
+
+
+def _result(directory: Path, name: str) -> Path:
+    return directory / "eval" / f"knn-{name}.json"

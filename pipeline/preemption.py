@@ -74,6 +74,10 @@ class StopRequest:
         """Return 130 after Ctrl-C, 75 after anything that a scheduler sends."""
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_STOPPED
 
+    def after(self) -> str:
+        """Say what asked this process to leave and how long ago; nothing if none did."""
+        return f", {time.monotonic() - self.since:.1f} s after {self.signal.name}" if self.signal else ""
+
     def _remember(self, number: int) -> None:
         if self.signal is None:
             self.since = time.monotonic()

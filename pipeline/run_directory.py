@@ -43,6 +43,7 @@ class RunDirectory:
         """
         self.path = config.directory
         self._config = config
+        self._log: logging.Handler | None = None
         self._check()
 
     def clear(self) -> None:
@@ -61,7 +62,7 @@ class RunDirectory:
         words = without_files(overrides, self._config.compression)
         (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(word)}\n" for word in words))
         (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1))
-        _log_to(self.path / "train.log")
+        self._log = _log_to(self.path / "train.log")
 
     def status(self, state: str, step: int) -> None:
         """Say what the run is doing: running, stopped or finished."""
@@ -74,6 +75,12 @@ class RunDirectory:
             # On a full disk there are worse things to say.
             log.warning("%s: %s; it says what was before", self.path / STATUS_NAME, error.strerror)
 
+    def failed(self, step: int, reason: Exception) -> None:
+        """Say what ended the run, in its log, too: the console is told by whoever ends the process."""
+        if self._log is not None:
+            self._log.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": str(reason)}))
+        self.status("failed", step)
+
     def _check(self) -> None:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
@@ -84,6 +91,14 @@ class RunDirectory:
                 f"run: {self.path} holds an earlier run and resume=never was said; "
                 "say overwrite=true to delete it, resume=auto to go on, or another run=NAME."
             )
+
+
+def state_of(directory: Path) -> str:
+    """Return what a run was doing when it last said so: running, stopped, finished or failed; nothing before."""
+    try:
+        return str(json.loads((directory / STATUS_NAME).read_text())["state"])
+    except OSError:
+        return ""
 
 
 def read_overrides(directory: Path) -> list[str]:
@@ -131,7 +146,8 @@ class _LogFile(logging.FileHandler):
         """Say nothing: a page of traceback for each line would hide the sentence that the run ends with."""
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path) -> logging.Handler:
     handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    return handler

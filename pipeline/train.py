@@ -44,15 +44,15 @@ def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequ
         directory.open(overrides)
     watchdog.open(config.directory / "heartbeats")
     _announce(config, world, parts, state)
-    prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
     try:
         return train(config, world, stop, parts, state, directory, watchdog.heartbeat)
     except ValueError as error:
         # What goes wrong from here on is no refusal of what was asked, and may be known to one process only.
-        _say(directory, "failed", state)
-        raise ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}") from error
-    except Exception:
-        _say(directory, "failed", state)
+        failure = ProcessFailedError(f"process {world.rank} failed at step {state.step}: {error}")
+        _say_failed(directory, state, failure)
+        raise failure from error
+    except Exception as error:
+        _say_failed(directory, state, error)
         raise
     finally:
         parts.loader.close()
@@ -69,6 +69,7 @@ def train(
 ) -> int:
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state, heartbeat)
+    prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
     peak = peak_flops(config.monitor.peak_teraflops, config.engine.precision, world.device)
     meter = Meter(parts.method, parts.budget, config.batch_size, world.size, peak)
     skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
@@ -115,7 +116,7 @@ def train(
 
     _finish_saving(parts.checkpointer, state, sinks, heartbeat)
     _say(directory, "finished" if finished else "stopped", state)
-    log.info("%s at step %d", "finished" if finished else "stopped, saved", state.step)
+    log.info("%s at step %d%s", "finished" if finished else "stopped, saved", state.step, stop.after())
     return 0 if finished else stop.exit_code
 
 
@@ -186,3 +187,8 @@ def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState
 def _say(directory: RunDirectory | None, status: str, state: TrainState) -> None:
     if directory is not None:
         directory.status(status, state.step)
+
+
+def _say_failed(directory: RunDirectory | None, state: TrainState, error: Exception) -> None:
+    if directory is not None:
+        directory.failed(state.step, error)

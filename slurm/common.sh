@@ -123,9 +123,20 @@ value_of() {
 srun_options=()
 
 # With COLDPRESS_CHECKUP=true look at all nodes, the network between them and the disks: check_nodes COLDPRESS ARGUMENT...
+# If some are unfit, the job goes back into the queue, to be run without them.
 check_nodes() {
     [[ ${COLDPRESS_CHECKUP:-false} == true ]] || return 0
-    srun "${srun_options[@]}" --kill-on-bad-exit=0 --wait=60 "$1" doctor "${@:2}" quick=true
+    local said code unfit
+    # A node that hangs must not hang the check-up: ten minutes.
+    said=$(srun "${srun_options[@]}" --kill-on-bad-exit=0 --wait=60 --time=10 "$1" doctor "${@:2}" quick=true)
+    code=$?
+    printf '%s\n' "$said"
+    unfit=$(sed -n 's/^nodes to leave out: //p' <<<"$said")
+    if [[ -n $unfit ]] && makes_progress "$(value_of runs runs "$@")" "$(value_of run '' "$@")"; then
+        say "back into the queue, to be run without $unfit"
+        requeue_without "$unfit"
+    fi
+    return "$code"
 }
 
 # With COLDPRESS_GPU_EXPORTER=true watch the GPUs of each node, beside what runs there: watch_gpus COLDPRESS ARGUMENT...
@@ -181,6 +192,17 @@ makes_progress() {
     if [[ -n $latest && $latest != "$before" ]]; then idle=0; else idle=$((idle + 1)); fi
     mkdir -p "${ledger%/*}" && printf '%s\n%s\n' "$idle" "$latest" >"$ledger"
     ((idle < MAX_IDLE_LIVES))
+}
+
+# Put the job back into the queue and let it stay away from nodes: requeue_without NODES
+requeue_without() {
+    local before
+    before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+    [[ $before != '(null)' ]] || before=''
+    # Slurm takes the list only once the job does not run any more, and then ends this shell.
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID" && scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" && exit 1
+    trap - TERM
 }
 
 # Put the job back into the queue; Slurm ends this shell.

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "data": set(),
     "monitoring": set(),
     "pipeline.allocator": set(),
-    "pipeline.distributed": {"pipeline.allocator"},
+    "pipeline.distributed": {"pipeline.allocator", "pipeline.preemption"},
     "pipeline.compression": set(),
     "pipeline.freezing": set(),
     "pipeline.optim": set(),
@@ -182,6 +182,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.freezing",
         "pipeline.schedules",
     },
+    "pipeline.following": {"pipeline.checkpoint_files", "pipeline.distributed", "pipeline.run_directory"},
     "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
         "pipeline.checkpoint",

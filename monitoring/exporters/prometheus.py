@@ -18,6 +18,9 @@ from monitoring.exporters.reading import Reading
 from monitoring.live import Live
 from monitoring.metrics import CATALOG, LIVE, PHASE, PREFIX, TERMS, check
 
+# A counter that appears with its first event has not grown, to Prometheus.
+NOTHING_YET = {metric.name: 0.0 for metric in CATALOG.values() if metric.kind == "counter"}
+
 
 class PrometheusSink:
     """Serve the latest value of every metric that was ever reported.
@@ -42,7 +45,8 @@ class PrometheusSink:
         Raises:
             OSError: the address is not one of this machine, or the target file cannot be written.
         """
-        self._latest = _Latest({"start_timestamp_seconds": time.time()}, _run_info(world_size), live)
+        known = {**NOTHING_YET, "start_timestamp_seconds": time.time()}
+        self._latest = _Latest(known, _run_info(world_size), live)
         directory, node = run_dir.parent / TARGETS, node_name()
         # An instance without the port: a restart on another port continues the same series.
         labels = {"run": run, "rank": str(rank), "node": node, "instance": f"{node}:{rank}"}

@@ -15,6 +15,9 @@ class Verdict(IntEnum):
     fail = 2
 
 
+GPU = "GPU"
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a check found, and what to do about it unless it is fine."""
@@ -46,6 +49,19 @@ def worst(by_rank: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[Fi
     Every process must have made the same checks.
     """
     return [_worst(each, hosts) for each in zip(*by_rank, strict=True)]
+
+
+def unfit_nodes(by_rank: Sequence[Sequence[Finding]], nodes: Sequence[str]) -> list[str]:
+    """Return the nodes that a run should stay away from: where a check fails that others pass, or a GPU does not work.
+
+    What fails everywhere is no node's fault.
+    """
+    unfit = set()
+    for each in zip(*by_rank, strict=True):
+        failing = {node for node, finding in zip(nodes, each, strict=True) if finding.verdict is Verdict.fail}
+        if failing != set(nodes) or each[0].check == GPU:
+            unfit |= failing
+    return sorted(unfit)
 
 
 def _worst(findings: Sequence[Finding], hosts: Sequence[str]) -> Finding:

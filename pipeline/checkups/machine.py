@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.resources import share_of_cores
-from pipeline.checkups.finding import Finding, fail, ok, warn
+from pipeline.checkups.finding import GPU, Finding, fail, ok, warn
 from pipeline.distributed import World, barrier, mean_over_ranks
 
 # Distributions whose versions decide about results.
@@ -39,14 +39,14 @@ def gpu(world: World) -> Finding:
     if world.device.type == "cuda":
         properties = torch.cuda.get_device_properties(world.device)
         memory = f"{properties.total_memory / GIBIBYTE:.0f} GiB"
-        return ok("GPU", f"{properties.name}, {memory}, CUDA {torch.version.cuda}")
+        return ok(GPU, f"{properties.name}, {memory}, CUDA {torch.version.cuda}")
     if shutil.which("nvidia-smi"):
         return fail(
-            "GPU",
+            GPU,
             "the driver is there, but PyTorch sees no GPU",
             "ask Slurm for it (--gpus-per-node), and compare nvidia-smi's CUDA version with PyTorch's",
         )
-    return warn("GPU", "none: everything runs on the CPU", "fine for trying things; else ask for --gpus-per-node")
+    return warn(GPU, "none: everything runs on the CPU", "fine for trying things; else ask for --gpus-per-node")
 
 
 def cores() -> Finding:

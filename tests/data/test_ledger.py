@@ -1,4 +1,7 @@
+import fcntl
 import os
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -45,14 +48,12 @@ def test_every_changed_byte_of_a_record_makes_it_none(interrupted):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"null", None])
-def test_without_its_plan_nothing_of_an_earlier_command_is_kept(interrupted, damage):
+def test_without_its_plan_only_what_is_of_the_same_plan_is_kept(interrupted, damage):
     plan = interrupted / LEDGER_NAME / "plan"
-    plan.unlink() if damage is None else plan.write_bytes(damage)
-    with Ledger(interrupted, PLAN) as ledger:
-        assert ledger.recall(NAME) is None
-        ledger.record(PACKED)
-    with Ledger(interrupted, PLAN) as ledger:
-        assert ledger.recall(NAME) == PACKED
+    for asked, kept in ((PLAN | {"seed": 1}, None), (PLAN, PACKED)):
+        plan.unlink() if damage is None else plan.write_bytes(damage)
+        with Ledger(interrupted, asked) as ledger:
+            assert ledger.recall(NAME) == kept
 
 
 def test_half_written_files_of_killed_processes_are_removed(interrupted):
@@ -77,12 +78,44 @@ def test_the_lock_of_a_folder_that_is_gone_is_none(tmp_path, monkeypatch):
         descriptor = real(path, *given)
         if not opened:
             opened.append(path)
-            os.rmdir(path)
+            os.unlink(path)
+            os.rmdir(path.parent)
         return descriptor
 
     monkeypatch.setattr(os, "open", open_and_finish)
     first, second = Ledger(tmp_path, PLAN), Ledger(tmp_path, PLAN)
     with first:
-        assert opened == [tmp_path / LEDGER_NAME]
+        assert opened == [tmp_path / LEDGER_NAME / "lock"]
         with pytest.raises(ValueError, match="another command is writing"):
             second.__enter__()
+
+
+def test_locks_are_of_files_open_for_writing(tmp_path, monkeypatch):
+    """NFS and Lustre keep the locks of folders to one node; NFS refuses those of files that are open for reading."""
+    real, seen = fcntl.flock, []
+
+    def flock(descriptor, operation):
+        seen.append((stat.S_ISREG(os.fstat(descriptor).st_mode), fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Ledger(tmp_path, PLAN) as ledger, ledger.part_finished():
+        pass
+    assert len(seen) == 3
+    assert set(seen) == {(True, os.O_RDWR)}
+
+
+def test_nothing_is_open_in_a_folder_that_is_removed(tmp_path, monkeypatch):
+    """Of an open file that is removed NFS leaves another one in its folder, which then cannot be removed."""
+    real, left = shutil.rmtree, []
+
+    def remove(folder, **options):
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        left.extend(path for path in map(os.path.realpath, links) if path.startswith(str(folder)))
+        real(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with Ledger(tmp_path, PLAN) as ledger:
+        ledger.discard()
+    assert left == []
+    assert not list(tmp_path.iterdir())

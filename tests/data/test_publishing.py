@@ -1,5 +1,8 @@
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +56,11 @@ def test_only_temporaries_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_temporaries(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[:-1])
+
+
+def test_temporaries_of_processes_of_one_number_on_two_nodes_differ():
+    code = "import os; os.getpid = lambda: 7; from data.publishing import *; print(temporary_path(Path('/x')))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    names = [subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) for _ in range(2)]
+    assert all(name.startswith("/x.7-") and name.endswith(".tmp\n") for name in names)
+    assert names[0] != names[1]

@@ -265,7 +265,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_continued(drawn_folder, drawn_sh
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) > 8:
+        if len(calls) > 9:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

@@ -66,6 +66,17 @@ def test_refusals_have_code_2_and_one_line(words: list[str], sentence: str, caps
     assert said.count("\n") == 1
 
 
+def test_of_many_tasks_the_first_refuses_but_each_that_shards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert dispatch(["shard", "source=/nowhere/at/all", "output=/tmp/x"]) == 2
+    assert "/nowhere/at/all" in capsys.readouterr().err
+    assert dispatch(["train", "zebra=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_damage_found_by_verify_has_code_1(drawn_shards: Path, tmp_path: Path) -> None:
     for path in drawn_shards.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -1,6 +1,12 @@
 """What is computed over the global batch is the same on one process and on two."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +78,17 @@ def test_half_described_environment_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match=r"RANK=0 is set but LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
         distributed.start()
+
+
+def test_a_port_that_somebody_else_has_is_one_sentence_and_another_try(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(somebody.getsockname()[1])}
+        environment = {**os.environ, **address, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "pipeline.cli", "doctor", f"runs={tmp_path}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 76, done.stderr
+    assert re.fullmatch(
+        r"coldpress: process 0 on \S+ cannot meet the others at 127\.0\.0\.1:\d+: somebody else listens there; "
+        r"try again, or set MASTER_PORT\.\n",
+        done.stderr,
+    )

@@ -12,7 +12,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.checkups import disk, machine, trial
-from pipeline.checkups.finding import Finding, Verdict, fail, ok, table, warn, worst
+from pipeline.checkups.finding import Finding, Verdict, fail, ok, table, unfit_nodes, warn, worst
 from pipeline.compose import load
 from pipeline.distributed import World
 from pipeline.doctor import run
@@ -169,8 +169,18 @@ def test_the_worst_of_all_processes_is_named_with_its_node() -> None:
     found = worst([[fine, fine], [bad, fine], [worse, fine], [worse, fine]], ["n1", "n1", "n2", "n2"])
     assert found == [Finding("a", Verdict.fail, "process 2 on n2 and 1 more: gone", "plug in"), fine]
     assert worst([[bad]], ["n1"]) == [bad]
+    assert unfit_nodes([[fine, fine], [bad, fine], [worse, fine], [worse, fine]], ["n1", "n1", "n2", "n2"]) == ["n2"]
     assert table(found).splitlines() == [
         "fail  a  process 2 on n2 and 1 more: gone",
         "         -> plug in",
         "ok    a  fine",
     ]
+
+
+def test_what_fails_everywhere_is_no_nodes_fault_but_a_gpu_is() -> None:
+    shards, gpu = fail("shards", "gone", "look"), fail("GPU", "not seen", "look")
+    assert unfit_nodes([[shards], [shards]], ["n1", "n2"]) == []
+    # One process of a node is enough.
+    assert unfit_nodes([[shards], [ok("shards", "fine")], [shards]], ["n1", "n1", "n2"]) == []
+    assert unfit_nodes([[gpu]], ["n1"]) == ["n1"]
+    assert unfit_nodes([[ok("GPU", "fine")], [gpu]], ["n1", "n2"]) == ["n2"]

@@ -104,3 +104,21 @@ def test_too_few_samples_to_hold_out_are_refused(runs: Path, tmp_path: Path) -> 
 def test_checkpoints_that_are_not_there(runs: Path, checkpoint: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         knn(runs, f"checkpoint={checkpoint}")
+
+
+def test_every_checkpoint_of_a_finished_run_and_none_twice(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "r", tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "eval", ignore_errors=True)
+    checkpoints = tmp_path / "r" / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000001")
+    config = load("evaluate", ["run=r", f"runs={tmp_path}", "k=[5]", "follow=true"])
+    evaluate.run(config)
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "r" / "eval").iterdir()}
+    assert sorted(written) == ["knn-step_00000001.json", "knn-step_00000002.json"]
+    evaluate.run(config)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "r" / "eval").iterdir()} == written
+
+
+def test_every_checkpoint_is_not_one_of_them() -> None:
+    with pytest.raises(ValueError, match=r"follow=true evaluates every checkpoint; leave checkpoint=7 out\."):
+        load("evaluate", ["run=r", "follow=true", "checkpoint=7"])

@@ -1,6 +1,7 @@
 """Signals become a flag; a second Ctrl-C becomes an exception."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,12 +60,14 @@ def test_a_ctrl_c_after_another_signal_does_not_disturb_the_save(stop: StopReque
 
 def test_the_time_of_the_first_signal_counts(stop: StopRequest) -> None:
     assert stop.since == float("inf")
+    assert stop.after() == ""
     begin = time.monotonic()
     signal.raise_signal(signal.SIGUSR1)
     first = stop.since
     assert begin <= first <= time.monotonic()
     signal.raise_signal(signal.SIGUSR2)
     assert stop.since == first
+    assert re.fullmatch(r", \d+\.\d s after SIGUSR1", stop.after())
 
 
 def test_a_signal_is_known_before_the_main_thread_can_run_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:

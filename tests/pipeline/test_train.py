@@ -420,6 +420,8 @@ def test_too_many_skipped_steps_in_a_row_are_one_sentence_and_a_list_of_samples(
     assert rows[-1]["skipped_steps_total"] == 2
     assert rows[0]["grad_norm_heads"] > 0
     assert json.loads((life.directory / "status.json").read_text())["state"] == "failed"
+    # Who looks at the run a day later has no console.
+    assert (life.directory / "train.log").read_text().splitlines()[-1].endswith(f" ERROR {sentence}")
 
 
 def test_torchrun_starts_the_same_command(tmp_path: Path, drawn_shards: Path) -> None:

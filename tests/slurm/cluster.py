@@ -18,9 +18,12 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "setpriv")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
@@ -32,6 +35,7 @@ ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 # NoInAddrAny keeps every listener on the address of the host name. Without DefMemPerCPU a job takes all memory.
 CONF = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={controller}({address})
 SlurmctldPort={port}
 SlurmUser={user}
@@ -142,6 +146,22 @@ class SlurmCluster:
             time.sleep(0.1)
         return job
 
+    def boot(self, name: str) -> None:
+        """Start a node."""
+        self._spawn(name, ["slurmd", "-D", "-N", name], name)
+
+    def crash(self, name: str) -> None:
+        """Take a node's power away: its slurmd, steps and tasks end at once, and nobody is told."""
+        assert self._namespaces, "without namespaces there is nothing by which a node's processes are known"
+        slurmd = self._daemons.pop(name)
+        namespace = os.readlink(f"/proc/{slurmd.pid}/ns/uts")
+        while found := [pid for pid in _processes() if _reads(f"/proc/{pid}/ns/uts", os.readlink) == namespace]:
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            slurmd.poll()
+        slurmd.wait()
+
     def _configure(self) -> None:
         address = self._address
         hosts = [f"127.0.0.1 localhost {self._host} controller.test controller"]
@@ -171,6 +191,8 @@ class SlurmCluster:
             port=self._controller_port,
             user=getpass.getuser(),
             root=self.root,
+            # Clusters side by side share the ports of one machine, which follow from the numbers of jobs.
+            first_job=1000 + os.getpid() * 97 % 8000,
             kill_wait=self.kill_wait,
             nodes="\n".join(lines),
         )
@@ -184,7 +206,7 @@ class SlurmCluster:
         self._until(munge["socket"].is_socket, "munge's socket")
         self._spawn("controller", ["slurmctld", "-D", "-i"], "controller")
         for node in self.nodes:
-            self._spawn(node.name, ["slurmd", "-D", "-N", node.name], node.name)
+            self.boot(node.name)
         self._until(self._answers, "slurmctld's port")
         self._until(self._is_idle, "idle nodes")
 
@@ -232,13 +254,29 @@ class SlurmCluster:
                 daemon.wait(5)
         # Steps and tasks belong to process 1 by now; they are known by the configuration that they were given.
         mark = f"SLURM_CONF={self.root}/slurm.conf".encode()
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark in entry.read_bytes().split(b"\0"):
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
+        for pid in _processes():
+            if mark in (_reads(f"/proc/{pid}/environ", _bytes) or b"").split(b"\0"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for daemon in self._daemons.values():
             daemon.wait()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _reads(path: str, read: Callable[[str], T]) -> T | None:
+    """Return what can be read of a process, None if it has ended or is another user's."""
+    try:
+        return read(path)
+    except OSError:
+        return None
+
+
+def _bytes(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 def missing_programs() -> list[str]:

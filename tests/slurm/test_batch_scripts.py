@@ -1,6 +1,7 @@
 """The batch scripts under a real Slurm; what they start is a few lines of shell that play one ending of a run."""
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_the_end_of_the_time_limit_is_announced_and_the_run_comes_back(desk):
     assert "by USR2" in desk.log.read_text()
 
 
+def test_a_run_that_reaches_its_time_limit_comes_back(desk):
+    # Slurm looks at limits every half minute, and signals up to a minute early.
+    options = ("--time=1", "--signal=B:USR2@59")
+    job = desk.train(f"[[ -n ${{SLURM_RESTART_COUNT:-}} ]] && exit 0\n{WAIT}", *options)
+    ended = desk.slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT", timeout=150)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), desk.log.read_text()
+    assert "by USR2" in desk.log.read_text()
+
+
 def test_a_preempted_run_saves_within_the_grace_and_comes_back(desk):
     job = desk.train(f"[[ -n ${{SLURM_RESTART_COUNT:-}} ]] && exit 0\n{WAIT}", "--partition=preemptible")
     desk.wait_for("ready")
@@ -274,6 +284,28 @@ def test_nodes_are_looked_at_first_where_a_site_wants_it(healthy, desk):
     assert ended["ExitCode"] == ("0:0" if healthy else "1:0"), said
     assert ("train run=a" in said) is healthy
     assert ("not started: see above" in said) is not healthy
+
+
+def test_a_node_that_fails_its_check_up_is_left_to_others(desk):
+    if len(desk.slurm.nodes) < 2:
+        pytest.skip("one node")
+    unfit = '[[ $1 == doctor && $SLURMD_NODENAME == n1 ]] && echo "nodes to leave out: n1" && exit 1'
+    body = f'{unfit}\necho "$1 on $SLURMD_NODENAME"'
+    job = desk.train(body, COLDPRESS_CHECKUP="true")
+    ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
+    said = desk.log.read_text()
+    assert (ended["JobState"], ended["Restarts"], ended["NodeList"]) == ("COMPLETED", "1", "n2"), said
+    assert ended["ExcNodeList"] == "n1"
+    assert "back into the queue, to be run without n1" in said
+    assert "train on n2" in said
+    assert not os.listdir(desk.directory / "runs" / ".lives")
+
+
+def test_a_job_that_finds_only_unfit_nodes_is_given_up(desk):
+    job = desk.train('echo "nodes to leave out: n9"; exit 1', COLDPRESS_CHECKUP="true")
+    ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "2"), desk.log.read_text()
+    assert desk.log.read_text().count("back into the queue, to be run without n9") == 2
 
 
 def test_a_sweep_is_an_array_with_a_line_for_each_run(desk, tmp_path):

@@ -41,8 +41,12 @@ def names(text):
     return {line.split("{")[0].split()[0] for line in text.splitlines() if not line.startswith("#")}
 
 
-def test_nothing_is_shown_before_it_is_reported(sink):
-    assert names(scrape(sink)) == {"coldpress_run_info", "coldpress_start_timestamp_seconds"}
+def test_before_the_first_report_only_counters_are_known(sink):
+    text = scrape(sink)
+    counters = {PREFIX + metric.name for metric in CATALOG.values() if metric.kind == "counter"}
+    assert names(text) == {"coldpress_run_info", "coldpress_start_timestamp_seconds", *counters}
+    # What grows from nothing to one does not grow, to Prometheus.
+    assert "coldpress_checkpoint_failures_total 0.0" in text
 
 
 def test_every_metric_of_the_catalogue_is_exposed_with_its_kind_and_help(sink):
