@@ -30,7 +30,7 @@ def _counter(name: str, text: str) -> Metric:
 
 
 def _driver_counter(name: str, text: str, *labels: str) -> Metric:
-    return Metric(name, "counter", f"{text}, counted since the driver was loaded.", labels)
+    return Metric(name, "counter", f"{text}, as the driver counts them.", labels)
 
 
 # Terms of a loss by name: they go while the run goes on.

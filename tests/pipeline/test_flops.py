@@ -13,13 +13,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline import distributed
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
+from pipeline.engine_config import FSDP2, EngineConfig, Precision, Zero3
+from pipeline.engines import build_engine
 from pipeline.flops import COUNT_EVERY, StepFlops, step_flops
 from pipeline.methods import DINOConfig, LocalMIMConfig, Method, MoCoConfig, SimCLRConfig, build_method
 from pipeline.methods.moco import MoCo
 from pipeline.models.momentum import CLOSED
 from pipeline.models.vit import Positions, ViT, ViTConfig
+from pipeline.optim import OptimConfig
 from pipeline.schedules import StepPlan
 
 SAMPLES, DEPTH = 8, 3
@@ -149,6 +153,17 @@ def test_layers_that_come_to_be_shared_are_noticed() -> None:
     later = [count(plan) for _ in range(COUNT_EVERY)]
     assert later[0] == apart
     assert later[-1] == step_flops(method, plan, SAMPLES) < apart
+
+
+@pytest.mark.parametrize("engine", [Zero3(Precision.fp32), FSDP2(Precision.fp32)], ids=["zero3", "fsdp2"])
+@pytest.mark.parametrize("config", [METHODS["moco"], DINO, LOCALMIM], ids=["moco", "dino", "localmim"])
+def test_an_engine_that_keeps_weights_elsewhere_changes_nothing(engine: EngineConfig, config: object) -> None:
+    distributed.start()
+    method = make(config)
+    plans = [plan_of(method, WHOLE, frozen) for frozen in (0, 2)]
+    before = [step_flops(method, plan, SAMPLES) for plan in plans]
+    build_engine(method, engine, OptimConfig(), local_batch=SAMPLES, device=torch.device("cpu"))
+    assert [step_flops(method, plan, SAMPLES) for plan in plans] == before
 
 
 def test_a_vit_b_by_hand() -> None:
