@@ -24,8 +24,8 @@ RESTARTS = ("squeue", "--noheader", "--Format=RestartCnt:20")
 NODES = ("sinfo", "--noheader", "--Node", "--format=%N|%T")
 # Slurm's marks behind the state of a node; this one says that it does not answer.
 SILENT = "*"
-# Reasons are some hundred words of Slurm's own.
-REASON = re.compile(r"[A-Za-z_]+")
+# Reasons are some hundred words and sentences of Slurm's own; what goes on with a comma or a bracket is about this job.
+REASON = re.compile(r"[A-Za-z_ ]*[A-Za-z]")
 
 
 @dataclass
@@ -113,6 +113,6 @@ def _add_nodes(reading: Reading, lines: Iterable[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return the word that a reason or a state begins with."""
+    """Return what a reason or a state begins with, without what it says of one job or node."""
     found = REASON.match(text)
     return found[0] if found else "other"

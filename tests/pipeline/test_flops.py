@@ -72,8 +72,11 @@ def counted(method: Method, plan: StepPlan) -> int:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("query", [WHOLE, compression(None, 0.5), CRUSHED], ids=["whole", "dropout", "crushed"])
-@pytest.mark.parametrize("frozen", range(DEPTH + 2))
+@pytest.mark.parametrize(
+    ("query", "frozen"),
+    [*((WHOLE, frozen) for frozen in range(DEPTH + 2)), (compression(None, 0.5), 1), (CRUSHED, 0), (CRUSHED, 2)],
+    ids=[*(f"whole-{frozen}" for frozen in range(DEPTH + 2)), "dropout-1", "crushed-0", "crushed-2"],
+)
 def test_steps_of_methods_with_heads(name: str, query: Compression, frozen: int) -> None:
     method = make(METHODS[name])
     plan = plan_of(method, query, frozen)

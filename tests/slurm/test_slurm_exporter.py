@@ -36,17 +36,17 @@ def test_jobs_by_state_reasons_restarts_and_nodes(slurm, environment, tmp_path):
     running = slurm.sbatch(*options, cwd=tmp_path)
     held = slurm.sbatch("--hold", "--partition=preemptible", *options, cwd=tmp_path)
     waiting = slurm.sbatch(f"--dependency=afterok:{running}", *options, cwd=tmp_path)
+    requeued = slurm.sbatch("--partition=preemptible", *options, cwd=tmp_path)
     try:
-        slurm.wait(running, "RUNNING")
-        slurm.run("scontrol", "requeue", running)
+        for job in (running, requeued):
+            slurm.wait(job, "RUNNING")
+        slurm.run("scontrol", "requeuehold", requeued)
         end = time.monotonic() + 60
-        while (found := said(reader)).get("job_restarts") != 1:
+        while (found := said(reader)).get('jobs_pending{reason="job requeued in held state"}') != 1:
             assert time.monotonic() < end, found
             time.sleep(0.2)
-        slurm.wait(running, "RUNNING")
-        found = said(reader)
     finally:
-        slurm.run("scancel", running, held, waiting)
+        slurm.run("scancel", running, held, waiting, requeued)
 
     def more(name):
         return found.get(name, 0) - before.get(name, 0)
@@ -54,7 +54,8 @@ def test_jobs_by_state_reasons_restarts_and_nodes(slurm, environment, tmp_path):
     assert found["up"] == 1
     assert more('jobs{partition="main",state="running"}') == 1
     assert more('jobs{partition="main",state="pending"}') == 1
-    assert more('jobs{partition="preemptible",state="pending"}') == 1
+    assert more('jobs{partition="preemptible",state="pending"}') == 2
+    assert more("job_restarts") == 1
     assert more('jobs_pending{reason="JobHeldUser"}') == 1
     assert more('jobs_pending{reason="Dependency"}') == 1
     # What has ended is known for a while.

@@ -17,6 +17,7 @@ RUNNING|main|None
 PENDING|main|ReqNodeNotAvail, UnavailableNodes:n[1-7]
 PENDING|main|ReqNodeNotAvail, Reserved for maintenance
 PENDING|a,b|Resources
+PENDING|main|launch failed requeued held (n7)
 PENDING|main|(null)
 COMPLETED|main|None
 LINES
@@ -60,11 +61,12 @@ def test_jobs_reasons_and_nodes_are_counted(clients):
     assert found == {
         "up": 1,
         'jobs{partition="main",state="running"}': 2,
-        'jobs{partition="main",state="pending"}': 3,
+        'jobs{partition="main",state="pending"}': 4,
         'jobs{partition="a,b",state="pending"}': 1,
         'jobs{partition="main",state="completed"}': 1,
         'jobs_pending{reason="ReqNodeNotAvail"}': 2,
         'jobs_pending{reason="Resources"}': 1,
+        'jobs_pending{reason="launch failed requeued held"}': 1,
         'jobs_pending{reason="other"}': 1,
         "job_restarts": 3,
         'nodes{state="idle"}': 2,
