@@ -35,6 +35,8 @@ ROOTS: dict[str, tuple[str, str]] = {
     "compare-freezing": (RUNS, "CompareFreezingConfig"),
     "study": (RUNS, "StudyConfig"),
     "bench": (RUNS, "BenchConfig"),
+    "gpu-exporter": ("monitoring.exporters.gpu_exporter", "GpuExporterConfig"),
+    "slurm-exporter": ("monitoring.exporters.slurm_exporter", "SlurmExporterConfig"),
     "demo": (RUNS, "DemoConfig"),
 }
 

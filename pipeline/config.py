@@ -296,7 +296,8 @@ class BenchConfig:
     """Measurements against a baseline in the same run."""
 
     # step: over compressions; freezing: over frozen layers; targets: LocalMIM's, one pass against many; loader: images
-    # per CPU second; start: time to the index; checkpoint: saves, against DeepSpeed's own, and a resume.
+    # per CPU second; start: time to the index; checkpoint: saves, against DeepSpeed's own, and a resume;
+    # monitoring: what it takes of a step.
     what: str = "step"
     batch_size: int = 64
     rounds: int = 7
