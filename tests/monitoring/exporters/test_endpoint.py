@@ -91,7 +91,7 @@ def test_what_becomes_of_the_target_directory_meanwhile(sink, tmp_path, ruin):
 
 
 @pytest.mark.parametrize(
-    "address", ["192.0.2.1", "no.such.host.invalid", "a" * 70 + ".b", "\udcff"], ids=["far", "unknown", "long", "odd"]
+    "address", ["192.0.2.1", "no.such.host.invalid", "a" * 70 + ".b", "a\0b"], ids=["far", "unknown", "long", "odd"]
 )
 def test_an_address_that_is_none_is_a_warning(tmp_path, address, caplog):
     directory = tmp_path / "a"
