@@ -33,8 +33,8 @@ class MonitorConfig:
     """How a run can be watched from outside; every process has an endpoint of its own."""
 
     prometheus: bool = True
-    # A loopback endpoint is seen from its own node only; 0.0.0.0 is seen by everybody who reaches the node.
-    address: str = "127.0.0.1"
+    # auto is loopback, which is seen from its own node only, and under Slurm the node's address; 0.0.0.0 are all.
+    address: str = "auto"
     # 0 takes any free port; otherwise port + local rank, or any free one when that is taken.
     port: int = 0
     # TFLOPS that each process's device can reach at best, in the format that it computes in; its share is mfu_ratio.

@@ -149,7 +149,7 @@ watch_gpus() {
         sleep 5
         exec srun "${srun_options[@]}" --overlap --nodes="$number" --ntasks="$number" --ntasks-per-node=1 --cpus-per-task=1 \
             --kill-on-bad-exit=0 --label "$1" gpu-exporter "runs=$(value_of runs runs "${@:2}")" \
-            "address=$(value_of monitor.address 127.0.0.1 "${@:2}")"
+            "address=$(value_of monitor.address auto "${@:2}")"
     ) </dev/null &
 }
 

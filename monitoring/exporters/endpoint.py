@@ -19,7 +19,11 @@ from prometheus_client.registry import Collector
 log = logging.getLogger(__name__)
 
 TARGETS = ".targets"
+AUTO = "auto"
+LOOPBACK = "127.0.0.1"
 WILDCARDS = ("0.0.0.0", "::")
+# What Debian's /etc/hosts has for a host's own name: nobody else finds it there.
+OF_ITSELF = (LOOPBACK, "127.0.1.1")
 
 
 class Endpoint:
@@ -35,6 +39,7 @@ class Endpoint:
         Raises:
             OSError: the address is not one of this machine, or the target file cannot be written.
         """
+        address = own_address() if address == AUTO else address
         registry = CollectorRegistry()
         registry.register(collector)
         self._server, self._thread = _serve(registry, address, port)
@@ -65,6 +70,17 @@ class Endpoint:
 def node_name() -> str:
     """Return the name of this node, Slurm's if it has one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def own_address() -> str:
+    """Return loopback, or the address by which a Slurm cluster knows this node; the wildcard if none is known."""
+    if not (name := os.environ.get("SLURMD_NODENAME")):
+        return LOOPBACK
+    try:
+        found = socket.gethostbyname(name)
+    except OSError:
+        return WILDCARDS[0]
+    return WILDCARDS[0] if found in OF_ITSELF else found
 
 
 def _serve(registry: CollectorRegistry, address: str, port: int) -> tuple[WSGIServer, threading.Thread]:

@@ -25,8 +25,8 @@ class ExporterConfig:
 
     # Its target file is runs/.targets/NODE-KIND.json.
     runs: str = "runs"
-    # A loopback endpoint is seen from its own node only; 0.0.0.0 is seen by everybody who reaches the node.
-    address: str = "127.0.0.1"
+    # auto is loopback, which is seen from its own node only, and under Slurm the node's address; 0.0.0.0 are all.
+    address: str = "auto"
     # 0 takes any free port, as does a port that is taken.
     port: int = 0
     # What was read is this old before it is read again, however many scrapes there are.

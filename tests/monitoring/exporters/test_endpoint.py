@@ -9,7 +9,8 @@ import urllib.request
 
 import pytest
 
-from monitoring.exporters.endpoint import Endpoint
+from monitoring.exporters import endpoint
+from monitoring.exporters.endpoint import Endpoint, own_address
 from monitoring.exporters.prometheus import PrometheusSink
 from monitoring.live import Live
 from monitoring.sinks import MonitorConfig, build_sinks
@@ -101,6 +102,28 @@ def test_an_address_that_is_none_is_a_warning(tmp_path, address, caplog):
     sink.write(1, {"loss": 1.0})
     sink.close()
     assert [record.levelname for record in caplog.records if "no metrics endpoint" in record.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("node", "known_as", "address"),
+    [
+        ("", None, "127.0.0.1"),
+        ("n7", "10.0.0.7", "10.0.0.7"),
+        # As Debian has it, and as no name server knows it: whoever reaches the node may ask.
+        ("n7", "127.0.1.1", "0.0.0.0"),
+        ("n7", None, "0.0.0.0"),
+    ],
+)
+def test_an_endpoint_answers_where_its_cluster_looks(node, known_as, address, monkeypatch):
+    def resolve(name):
+        assert name == node
+        if known_as is None:
+            raise socket.gaierror("no such name")
+        return known_as
+
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    monkeypatch.setattr(endpoint.socket, "gethostbyname", resolve)
+    assert own_address() == address
 
 
 def test_no_thread_to_answer_with_is_a_warning(tmp_path, monkeypatch, caplog):
