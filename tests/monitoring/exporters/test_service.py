@@ -33,7 +33,8 @@ def exporter(tmp_path, *words, **environment):
     script = tmp_path / "exporter.py"
     script.write_text(WITH_GPUS.format(root=str(ROOT), tests=str(ROOT / "tests")))
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | {"SLURMD_NODENAME": "n7"} | environment
-    command = [sys.executable, script, "address=127.0.0.1", *words, f"runs={tmp_path}"]
+    name, *more = words
+    command = [sys.executable, script, name, f"runs={tmp_path}", "address=127.0.0.1", *more]
     with subprocess.Popen(
         command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as it:
