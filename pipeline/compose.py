@@ -30,6 +30,7 @@ ROOTS: dict[str, tuple[str, str]] = {
     "train": (RUNS, "TrainConfig"),
     "doctor": (RUNS, "DoctorConfig"),
     "evaluate": (RUNS, "EvaluateConfig"),
+    "export": ("pipeline.export", "ExportConfig"),
     "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),
     "compare-freezing": (RUNS, "CompareFreezingConfig"),

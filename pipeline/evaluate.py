@@ -14,7 +14,7 @@ from data.loader import LoaderConfig
 from data.manifest import Manifest
 from data.publishing import write_atomically
 from pipeline import distributed
-from pipeline.checkpoint_files import checkpoints, find_damage, name_of, newest_valid, step_of
+from pipeline.checkpoint_files import asked_for
 from pipeline.compose import load
 from pipeline.config import EvaluateConfig, TrainConfig
 from pipeline.distributed import World
@@ -103,26 +103,8 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
     """
     if config.checkpoint == "init":
         return networks(training, None).representation, "init"
-    checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
+    checkpoint = asked_for(Path(config.runs) / config.run / "checkpoints", config.checkpoint)
     return networks(training, checkpoint).representation, checkpoint.name
-
-
-def _find(config: EvaluateConfig, directory: Path) -> Path:
-    if config.checkpoint == "latest":
-        found = newest_valid(directory)
-        if found is None:
-            raise ValueError(f"checkpoint: no valid checkpoint in {directory}; train first, or say checkpoint=init.")
-        return found
-    if not config.checkpoint.isdigit():
-        raise ValueError(f"checkpoint must be latest, init or a step number, got {config.checkpoint}.")
-    chosen = directory / name_of(int(config.checkpoint))
-    damage = find_damage(chosen) if chosen.exists() else "there is none"
-    if damage:
-        there = ", ".join(str(step_of(checkpoint)) for checkpoint in checkpoints(directory))
-        raise ValueError(
-            f"checkpoint: step {config.checkpoint} is not usable ({damage}); steps there: {there or 'none'}."
-        )
-    return chosen
 
 
 def _report(directory: Path, name: str, support: Split, queries: Split, accuracies: dict[int, float]) -> None:
