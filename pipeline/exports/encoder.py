@@ -68,8 +68,14 @@ def read_encoder(training: TrainConfig, checkpoint: Path, which: str) -> Encoder
     reader = Reader(checkpoint)
     places = engine_state.saved_names(method, reader)
     saved = {name: places[parameter] for name, parameter in vit.named_parameters()}
-    for name, parameter in vit.named_parameters():
-        reader.check(saved[name], tuple(parameter.shape))
+    try:
+        for name, parameter in vit.named_parameters():
+            reader.check(saved[name], tuple(parameter.shape))
+    except ValueError as error:
+        said = str(error).rstrip(".")
+        raise ValueError(
+            f"{said}; it is of another model than overrides.yaml says; take another checkpoint=STEP."
+        ) from error
     return Encoder(method, vit, lambda name: reader.whole(saved[name]))
 
 

@@ -54,10 +54,9 @@ METHODS = {
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run's words, config and one checkpoint."""
+    """A run with one checkpoint."""
 
     runs: Path
-    words: list[str]
     training: TrainConfig
     checkpoint: Path
 
@@ -96,37 +95,47 @@ def disturbed(training: TrainConfig) -> Method:
     return method
 
 
-def run_directory(runs: Path, words: list[str]) -> TrainConfig:
-    """Write down with which words a run was started."""
-    training: TrainConfig = load("train", words)
-    (runs / "r" / "checkpoints").mkdir(parents=True)
+def as_run(runs: Path, words: list[str], written: Path) -> SavedRun:
+    """Make a run with one checkpoint of what an engine has written."""
+    checkpoint = runs / "r" / "checkpoints" / "step_00000005"
+    checkpoint.parent.mkdir(parents=True)
     (runs / "r" / "overrides.yaml").write_text("".join(f"- {json.dumps(word)}\n" for word in words))
-    return training
-
-
-def published(checkpoint: Path, written: Iterable[Path]) -> Path:
-    """Make a checkpoint of what an engine has written."""
-    names = [path.name for path in written]
+    names = [path.name for path in written.iterdir()]
+    written.rename(temporary_of(checkpoint))
     for name in names:
         seal(temporary_of(checkpoint) / name)
     state = {"step": 5, "samples": 40, "cost": 170.0, "tuning": {}}
     publish(checkpoint, names, {"state": state, "progress": 0.5, "score": None, "identity": {}})
-    return checkpoint
+    return SavedRun(runs, load("train", words), checkpoint)
+
+
+@pytest.fixture(scope="session")
+def words_of(drawn_shards: Path) -> Callable[..., list[str]]:
+    """Return a function that returns the words of a tiny run of a method, and more."""
+    return lambda method, *more: [*SHAPE, *METHODS[method], f"data.shards={drawn_shards}", *more]
+
+
+@pytest.fixture(scope="session")
+def make_disturbed() -> Callable[[TrainConfig], Method]:
+    return disturbed
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[[Path, list[str], Path], SavedRun]:
+    return as_run
 
 
 @pytest.fixture(scope="module")
-def save_run(tmp_path_factory: pytest.TempPathFactory, drawn_shards: Path) -> Callable[..., SavedRun]:
+def save_run(tmp_path_factory: pytest.TempPathFactory, words_of: Callable[..., list[str]]) -> Callable[..., SavedRun]:
     """Return a function that saves a run of a method, with further words of `coldpress train`."""
 
     def save(method: str, *more: str) -> SavedRun:
-        runs = tmp_path_factory.mktemp("runs")
-        words = [*SHAPE, *METHODS[method], f"data.shards={drawn_shards}", f"runs={runs}", *more]
-        training = run_directory(runs, words)
+        scratch = tmp_path_factory.mktemp("run")
+        words = words_of(method, *more)
+        training: TrainConfig = load("train", words)
         device = distributed.start().device
         engine = build_engine(disturbed(training), training.engine, training.optim, local_batch=8, device=device)
-        checkpoint = runs / "r" / "checkpoints" / "step_00000005"
-        temporary_of(checkpoint).mkdir()
-        engine.save(temporary_of(checkpoint))
-        return SavedRun(runs, words, training, published(checkpoint, temporary_of(checkpoint).iterdir()))
+        engine.save(scratch / "written")
+        return as_run(scratch / "runs", words, scratch / "written")
 
     return save
