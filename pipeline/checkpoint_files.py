@@ -83,6 +83,27 @@ def newest_valid(directory: Path) -> Path | None:
     return None
 
 
+def asked_for(directory: Path, word: str) -> Path:
+    """Return the checkpoint that a user names: `latest` is the newest whole one, a number that after this step.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    if word == "latest":
+        found = newest_valid(directory)
+        if found is None:
+            raise ValueError(f"checkpoint: no valid checkpoint in {directory}; train first, or say checkpoint=init.")
+        return found
+    if not word.isdigit():
+        raise ValueError(f"checkpoint must be latest, init or a step number, got {word}.")
+    chosen = directory / name_of(int(word))
+    damage = find_damage(chosen) if chosen.exists() else "there is none"
+    if damage:
+        there = ", ".join(str(step_of(checkpoint)) for checkpoint in checkpoints(directory))
+        raise ValueError(f"checkpoint: step {word} is not usable ({damage}); steps there: {there or 'none'}.")
+    return chosen
+
+
 def set_aside(directory: Path, newest: Path) -> None:
     """Rename the damaged checkpoints that are newer than the newest valid one, so that they can be looked at."""
     for checkpoint in checkpoints(directory):

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pipeline.train", "pre-train, or go on where the run was stopped"),
     "doctor": ("pipeline.doctor", "machine, disks, shards, and a run in small, before a run is started"),
     "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
+    "export": ("pipeline.export", "a run's encoder for timm, PyTorch or ONNX, with a model card"),
     "analyze": (
         "pipeline.analyze",
         "how far compressed gradients are from the true one, and the schedule that follows",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, Si
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
-from pipeline.probes.linear import LinearConfig
 from pipeline.schedules import BudgetConfig, RateConfig
 from pipeline.watchdog import WatchdogConfig
 
@@ -129,40 +127,6 @@ class DoctorConfig(TrainConfig):
         super().__post_init__()
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}; 256 is usual.")
-
-
-class Protocol(Enum):
-    """By what features are judged."""
-
-    knn = "knn"
-    linear = "linear"
-
-
-@dataclass
-class EvaluateConfig:
-    """Evaluation of one run's encoder."""
-
-    run: str = MISSING
-    runs: str = "runs"
-    # latest, init (the untrained encoder of the same seed) or a step number.
-    checkpoint: str = "latest"
-    # Evaluate every checkpoint as it is published, until the run has ended.
-    follow: bool = False
-    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
-    shards: str = ""
-    # At most so many support samples; 0 takes all.
-    support: int = 0
-    protocol: Protocol = Protocol.knn
-    # Numbers of neighbors; 1 is plain nearest neighbor.
-    k: list[int] = field(default_factory=lambda: [1, 10, 20, 100, 200])
-    linear: LinearConfig = field(default_factory=LinearConfig)
-
-    def __post_init__(self) -> None:
-        _check_support(self.support)
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
-        if self.follow and self.checkpoint != "latest":
-            raise ValueError(f"follow=true evaluates every checkpoint; leave checkpoint={self.checkpoint} out.")
 
 
 @dataclass

@@ -89,6 +89,12 @@ def load_networks(method: Method, reader: Reader) -> None:
     method.load({name: reader.whole(STATE + name) for name in method.state()})
 
 
+def saved_names(method: Method, reader: Reader) -> dict[nn.Parameter, str]:
+    """Return under which name each parameter is saved, those of momentum encoders among them."""
+    own = {parameter: _saved_name(reader, name) for name, parameter in method.named_parameters()}
+    return own | {parameter: STATE + name for name, parameter in _followers(method).items()}
+
+
 def _saved_name(reader: Reader, name: str) -> str:
     """Return under which name the weights of a parameter are saved."""
     return WEIGHT + name if WEIGHT + name in reader.names else MASTER + name

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 from data.manifest import Manifest
 from data.publishing import write_atomically
 from pipeline import distributed
-from pipeline.checkpoint_files import checkpoints, find_damage, name_of, newest_valid, step_of
+from pipeline.checkpoint_files import asked_for
 from pipeline.compose import load
-from pipeline.config import EvaluateConfig, Protocol, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.distributed import World
 from pipeline.following import as_published, wait_for_run
 from pipeline.linear_protocol import LinearProtocol, Split
@@ -24,8 +25,44 @@ from pipeline.models.vit import ViT
 from pipeline.networks import networks
 from pipeline.probes.features import extract, extract_share
 from pipeline.probes.knn import knn_scores
+from pipeline.probes.linear import LinearConfig
 from pipeline.probes.scores import Scores
 from pipeline.run_directory import read_overrides
+
+
+class Protocol(Enum):
+    """By what features are judged."""
+
+    knn = "knn"
+    linear = "linear"
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation of one run's encoder."""
+
+    run: str
+    runs: str = "runs"
+    # latest, init (the untrained encoder of the same seed) or a step number.
+    checkpoint: str = "latest"
+    # Evaluate every checkpoint as it is published, until the run has ended.
+    follow: bool = False
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    shards: str = ""
+    # At most so many support samples; 0 takes all.
+    support: int = 0
+    protocol: Protocol = Protocol.knn
+    # Numbers of neighbors; 1 is plain nearest neighbor.
+    k: list[int] = field(default_factory=lambda: [1, 10, 20, 100, 200])
+    linear: LinearConfig = field(default_factory=LinearConfig)
+
+    def __post_init__(self) -> None:
+        if self.support < 0:
+            raise ValueError(f"support must be a number of samples, got {self.support}; 0 takes all.")
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
+        if self.follow and self.checkpoint != "latest":
+            raise ValueError(f"follow=true evaluates every checkpoint; leave checkpoint={self.checkpoint} out.")
 
 
 @dataclass(frozen=True)
@@ -122,26 +159,8 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
     """
     if config.checkpoint == "init":
         return networks(training, None).representation, "init"
-    checkpoint = _find(config, Path(config.runs) / config.run / "checkpoints")
+    checkpoint = asked_for(Path(config.runs) / config.run / "checkpoints", config.checkpoint)
     return networks(training, checkpoint).representation, checkpoint.name
-
-
-def _find(config: EvaluateConfig, directory: Path) -> Path:
-    if config.checkpoint == "latest":
-        found = newest_valid(directory)
-        if found is None:
-            raise ValueError(f"checkpoint: no valid checkpoint in {directory}; train first, or say checkpoint=init.")
-        return found
-    if not config.checkpoint.isdigit():
-        raise ValueError(f"checkpoint must be latest, init or a step number, got {config.checkpoint}.")
-    chosen = directory / name_of(int(config.checkpoint))
-    damage = find_damage(chosen) if chosen.exists() else "there is none"
-    if damage:
-        there = ", ".join(str(step_of(checkpoint)) for checkpoint in checkpoints(directory))
-        raise ValueError(
-            f"checkpoint: step {config.checkpoint} is not usable ({damage}); steps there: {there or 'none'}."
-        )
-    return chosen
 
 
 def _report(directory: Path, path: Path, name: str, support: Split, queries: Split, result: Result) -> None:

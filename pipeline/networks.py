@@ -14,6 +14,12 @@ from pipeline.models.vit import ViT
 from pipeline.pieces import Reader
 
 
+def imagine(training: TrainConfig) -> Method:
+    """Return a run's method with shapes but no weights, which takes no memory."""
+    with torch.device("meta"):
+        return build_method(training.method, ViT(replace(training.model, weights=""), training.seed))
+
+
 def networks(training: TrainConfig, checkpoint: Path | None) -> Method:
     """Return a run's method with the weights of a checkpoint, on the CPU; None means untrained."""
     torch.manual_seed(training.seed)

@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from data.manifest import Manifest
 from pipeline.compression import FittedAdaptive, NoCompression
 from pipeline.config import PlanConfig, TrainConfig
 from pipeline.freezing import NoFreeze
 from pipeline.interplay import warn_of_early_freezing
-from pipeline.methods import Method, build_method
-from pipeline.models.vit import ViT
+from pipeline.methods import Method
+from pipeline.networks import imagine
 from pipeline.parts import build_schedules, build_tuner
 from pipeline.plots import schedule_picture
 from pipeline.schedules import Schedules, StepPlan, Unit
@@ -48,12 +46,6 @@ def run(config: PlanConfig) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     schedule_picture(schedules, method, picture)
     print(f"schedule picture: {picture}")
-
-
-def imagine(config: TrainConfig) -> Method:
-    """Return the method of a run with shapes but no weights: plans ask for nothing else."""
-    with torch.device("meta"):
-        return build_method(config.method, ViT(replace(config.model, weights=""), config.seed))
 
 
 def stages(config: TrainConfig, schedules: Schedules, method: Method) -> list[StageRow]:

@@ -14,6 +14,7 @@ REQUIRED = {
     "train": ["run=x", "budget.value=1"],
     "plan": ["run=x", "budget.value=1"],
     "evaluate": ["run=x"],
+    "export": ["run=x"],
     "analyze": ["run=x"],
 }
 

@@ -1,0 +1,104 @@
+"""The encoders of a run, and the tensors of one of them, each read when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import engine_state
+from pipeline.config import TrainConfig
+from pipeline.methods import Method
+from pipeline.models.vit import ViT, ViTConfig
+from pipeline.networks import imagine, networks
+from pipeline.pieces import Reader
+
+# The one whose features are evaluated is one of the other two.
+REPRESENTATION, ONLINE, MOMENTUM = "representation", "online", "momentum"
+CHOICES = (REPRESENTATION, ONLINE, MOMENTUM)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder of a run: its shapes, and its tensors one at a time.
+
+    Method and `vit`, which is one of its parts, have no weights where these come from a checkpoint. `read` takes the
+    name of a parameter.
+    """
+
+    method: Method
+    vit: ViT
+    read: Callable[[str], Tensor]
+
+    @property
+    def which(self) -> str:
+        """Return whether it is the online or the momentum encoder."""
+        return ONLINE if self.vit is self.method.encoder else MOMENTUM
+
+    @property
+    def is_representation(self) -> bool:
+        """Return whether it is the one whose features are evaluated."""
+        return self.vit is self.method.representation
+
+    @property
+    def config(self) -> ViTConfig:
+        """Return which Vision Transformer it is."""
+        return self.vit.config
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.vit.named_parameters()}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in fp32, as evaluation has it, whatever the run computed in."""
+        return self.read(name).detach().to(torch.float32)
+
+
+def read_encoder(training: TrainConfig, checkpoint: Path, which: str) -> Encoder:
+    """Return an encoder as a checkpoint has it; nothing but names and shapes is read yet.
+
+    Raises:
+        ValueError: the method has no such encoder, or the checkpoint is damaged or of another model.
+    """
+    method = imagine(training)
+    vit = _choose(method, which)
+    reader = Reader(checkpoint)
+    places = engine_state.saved_names(method, reader)
+    saved = {name: places[parameter] for name, parameter in vit.named_parameters()}
+    try:
+        for name, parameter in vit.named_parameters():
+            reader.check(saved[name], tuple(parameter.shape))
+    except ValueError as error:
+        said = str(error).rstrip(".")
+        raise ValueError(
+            f"{said}; it is of another model than overrides.yaml says; take another checkpoint=STEP."
+        ) from error
+    return Encoder(method, vit, lambda name: reader.whole(saved[name]))
+
+
+def untrained_encoder(training: TrainConfig, which: str) -> Encoder:
+    """Return an encoder as it was before the first step, whole in memory.
+
+    Raises:
+        ValueError: the method has no such encoder.
+    """
+    method = networks(training, None)
+    vit = _choose(method, which)
+    return Encoder(method, vit, dict(vit.named_parameters()).__getitem__)
+
+
+def _choose(method: Method, which: str) -> ViT:
+    found = {REPRESENTATION: method.representation, ONLINE: method.encoder}
+    for average in method.momentum_encoders():
+        assert isinstance(average.network, nn.ModuleDict)
+        network = average.network["encoder"]
+        assert isinstance(network, ViT)
+        found[MOMENTUM] = network
+    if which not in found:
+        raise ValueError(
+            f"encoder={which}: {type(method).__name__} keeps no such encoder; choose from {', '.join(found)}."
+        )
+    return found[which]
