@@ -22,7 +22,7 @@ from pipeline.distributed import World
 from pipeline.following import as_published, wait_for_run
 from pipeline.linear_protocol import LinearProtocol, Split
 from pipeline.models.vit import ViT
-from pipeline.networks import networks
+from pipeline.networks import ENCODERS, REPRESENTATION, encoder_of, networks
 from pipeline.probes.features import extract, extract_share
 from pipeline.probes.knn import knn_scores
 from pipeline.probes.linear import LinearConfig
@@ -45,6 +45,8 @@ class EvaluateConfig:
     runs: str = "runs"
     # latest, init (the untrained encoder of the same seed) or a step number.
     checkpoint: str = "latest"
+    # representation (the one that the method is judged by), online, or momentum (the teacher) of methods that have one.
+    encoder: str = REPRESENTATION
     # Evaluate every checkpoint as it is published, until the run has ended.
     follow: bool = False
     # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
@@ -61,6 +63,8 @@ class EvaluateConfig:
             raise ValueError(f"support must be a number of samples, got {self.support}; 0 takes all.")
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder}.")
         if self.follow and self.checkpoint != "latest":
             raise ValueError(f"follow=true evaluates every checkpoint; leave checkpoint={self.checkpoint} out.")
 
@@ -98,13 +102,13 @@ def run(config: EvaluateConfig) -> None:
         else:
             result = by_classifiers(config, training.seed, encoder, support, queries, world, path.with_suffix(".part"))
         if world.is_main:
-            _report(directory, path, name, support, queries, result)
+            _report(config, path, name, support, queries, result)
 
 
 def _published(config: EvaluateConfig, directory: Path, training: TrainConfig) -> Iterator[tuple[ViT, str]]:
     """Yield the encoder of each checkpoint that was not evaluated yet, until the run has ended."""
     for checkpoint in as_published(directory, lambda name: _path(config, directory, name).exists()):
-        yield networks(training, checkpoint).representation, checkpoint.name
+        yield encoder_of(networks(training, checkpoint), config.encoder), checkpoint.name
 
 
 def by_neighbors(config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World) -> Result:
@@ -158,16 +162,17 @@ def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, st
         ValueError: there is no such checkpoint, or it is damaged.
     """
     if config.checkpoint == "init":
-        return networks(training, None).representation, "init"
+        return encoder_of(networks(training, None), config.encoder), "init"
     checkpoint = asked_for(Path(config.runs) / config.run / "checkpoints", config.checkpoint)
-    return networks(training, checkpoint).representation, checkpoint.name
+    return encoder_of(networks(training, checkpoint), config.encoder), checkpoint.name
 
 
-def _report(directory: Path, path: Path, name: str, support: Split, queries: Split, result: Result) -> None:
+def _report(config: EvaluateConfig, path: Path, name: str, support: Split, queries: Split, result: Result) -> None:
     log.info(
-        "%s of %s, checkpoint %s: %d queries, %d support",
+        "%s of %s, %s encoder, checkpoint %s: %d queries, %d support",
         result.protocol,
-        directory,
+        Path(config.runs) / config.run,
+        config.encoder,
         name,
         len(queries.ids),
         len(support.ids),
@@ -182,6 +187,7 @@ def _report(directory: Path, path: Path, name: str, support: Split, queries: Spl
     content = {
         "protocol": result.protocol,
         "checkpoint": name,
+        "encoder": config.encoder,
         "support": {"shards": support.data.shards, "samples": len(support.ids)},
         "queries": {"shards": queries.data.shards, "samples": len(queries.ids)},
         "top1": {which: scores.top1 for which, scores in result.scores.items()},
@@ -196,5 +202,7 @@ def _report(directory: Path, path: Path, name: str, support: Split, queries: Spl
 
 
 def _path(config: EvaluateConfig, directory: Path, name: str) -> Path:
-    form = f"-{config.linear.form.value}" if config.protocol is Protocol.linear else ""
-    return directory / "eval" / f"{config.protocol.value}{form}-{name}.json"
+    words = [config.protocol.value]
+    words += [config.linear.form.value] if config.protocol is Protocol.linear else []
+    words += [config.encoder] if config.encoder != REPRESENTATION else []
+    return directory / "eval" / f"{'-'.join([*words, name])}.json"

@@ -12,9 +12,10 @@ from pipeline.compose import load
 from pipeline.config import TrainConfig
 from pipeline.exports import FORMATS
 from pipeline.exports.card import Card
-from pipeline.exports.encoder import CHOICES, REPRESENTATION, Encoder, read_encoder, untrained_encoder
+from pipeline.exports.encoder import Encoder, read_encoder, untrained_encoder
 from pipeline.exports.folder import published
 from pipeline.exports.form import Form, form_of
+from pipeline.networks import ENCODERS, REPRESENTATION
 from pipeline.parts import build_schedules
 from pipeline.run_directory import read_overrides
 
@@ -44,8 +45,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format}.")
-        if self.encoder not in CHOICES:
-            raise ValueError(f"encoder must be one of {', '.join(CHOICES)}, got {self.encoder}.")
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder}.")
         for name in ("patch_size", "image_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a number of pixels, got {getattr(self, name)}; 0 is the run's own.")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pipeline.config import TrainConfig
 from pipeline.exports import facts, timm_layout
-from pipeline.exports.encoder import MOMENTUM, Encoder
+from pipeline.exports.encoder import Encoder
 from pipeline.exports.form import Form
 from pipeline.exports.format import Format
+from pipeline.networks import MOMENTUM
 from pipeline.schedules import Schedules
 
 NAME = "README.md"

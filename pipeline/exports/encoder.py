@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import engine_state
 from pipeline.config import TrainConfig
 from pipeline.methods import Method
 from pipeline.models.vit import ViT, ViTConfig
-from pipeline.networks import imagine, networks
+from pipeline.networks import MOMENTUM, ONLINE, encoder_of, imagine, networks
 from pipeline.pieces import Reader
-
-# The one whose features are evaluated is one of the other two.
-REPRESENTATION, ONLINE, MOMENTUM = "representation", "online", "momentum"
-CHOICES = (REPRESENTATION, ONLINE, MOMENTUM)
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def read_encoder(training: TrainConfig, checkpoint: Path, which: str) -> Encoder
         ValueError: the method has no such encoder, or the checkpoint is damaged or of another model.
     """
     method = imagine(training)
-    vit = _choose(method, which)
+    vit = encoder_of(method, which)
     reader = Reader(checkpoint)
     places = engine_state.saved_names(method, reader)
     saved = {name: places[parameter] for name, parameter in vit.named_parameters()}
@@ -86,19 +82,5 @@ def untrained_encoder(training: TrainConfig, which: str) -> Encoder:
         ValueError: the method has no such encoder.
     """
     method = networks(training, None)
-    vit = _choose(method, which)
+    vit = encoder_of(method, which)
     return Encoder(method, vit, dict(vit.named_parameters()).__getitem__)
-
-
-def _choose(method: Method, which: str) -> ViT:
-    found = {REPRESENTATION: method.representation, ONLINE: method.encoder}
-    for average in method.momentum_encoders():
-        assert isinstance(average.network, nn.ModuleDict)
-        network = average.network["encoder"]
-        assert isinstance(network, ViT)
-        found[MOMENTUM] = network
-    if which not in found:
-        raise ValueError(
-            f"encoder={which}: {type(method).__name__} keeps no such encoder; choose from {', '.join(found)}."
-        )
-    return found[which]

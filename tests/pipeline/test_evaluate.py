@@ -122,3 +122,26 @@ def test_every_checkpoint_of_a_finished_run_and_none_twice(runs: Path, tmp_path:
 def test_every_checkpoint_is_not_one_of_them() -> None:
     with pytest.raises(ValueError, match=r"follow=true evaluates every checkpoint; leave checkpoint=7 out\."):
         load("evaluate", ["run=r", "follow=true", "checkpoint=7"])
+
+
+def test_another_encoder_has_a_result_of_its_own(runs: Path) -> None:
+    def result(*words: str) -> dict[str, object]:
+        return knn(runs, "checkpoint=2", *words)
+
+    online, momentum = result("encoder=online"), result("encoder=momentum")
+    assert (online["encoder"], momentum["encoder"]) == ("online", "momentum")
+    names = {path.name for path in (runs / "r" / "eval").iterdir()}
+    assert {"knn-online-step_00000002.json", "knn-momentum-step_00000002.json"} <= names
+    training = load("train", [*RUN, "run=r", f"runs={runs}"])
+    kernels = []
+    for which in ("representation", "online", "momentum"):
+        config = load("evaluate", ["run=r", f"runs={runs}", "checkpoint=2", f"encoder={which}"])
+        kernels.append(evaluate.load_encoder(config, training)[0].blocks[0].attn.qkv.weight)
+    # MoCo-v3 is judged by its online encoder.
+    assert torch.equal(kernels[0], kernels[1])
+    assert not torch.equal(kernels[1], kernels[2])
+
+
+def test_an_encoder_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"encoder must be one of representation, online, momentum, got teacher\."):
+        load("evaluate", ["run=r", "encoder=teacher"])
