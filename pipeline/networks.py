@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline import engine_state
 from pipeline.config import TrainConfig
@@ -13,19 +14,30 @@ from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.pieces import Reader
 
+# The one tensor that weights may bring and a model of the same name has not: see `timm_backbone.fold_normalization`.
+_FOLDED = "encoder.patch.bias"
 
-def imagine(training: TrainConfig) -> Method:
-    """Return a run's method with shapes but no weights, which takes no memory."""
+
+def imagine(training: TrainConfig, reader: Reader | None = None) -> Method:
+    """Return a run's method with shapes but no weights, which takes no memory; of a checkpoint, if that is given."""
     with torch.device("meta"):
-        return build_method(training.method, ViT(replace(training.model, weights=""), training.seed))
+        return build_method(training.method, _backbone(training, reader))
 
 
 def networks(training: TrainConfig, checkpoint: Path | None) -> Method:
     """Return a run's method with the weights of a checkpoint, on the CPU; None means untrained."""
     torch.manual_seed(training.seed)
-    # A checkpoint has all weights: those that the run started from may be gone by now.
-    model = training.model if checkpoint is None else replace(training.model, weights="")
-    method = build_method(training.method, ViT(model, training.seed))
-    if checkpoint is not None:
-        engine_state.load_networks(method, Reader(checkpoint))
+    if checkpoint is None:
+        return build_method(training.method, ViT(training.model, training.seed))
+    reader = Reader(checkpoint)
+    method = build_method(training.method, _backbone(training, reader))
+    engine_state.load_networks(method, reader)
     return method
+
+
+def _backbone(training: TrainConfig, reader: Reader | None) -> ViT:
+    """Return a backbone with a place for all that a checkpoint has; weights that it started from may be gone by now."""
+    vit = ViT(replace(training.model, weights=""), training.seed)
+    if reader is not None and vit.patch.bias is None and engine_state.is_saved(_FOLDED, reader):
+        vit.patch.bias = nn.Parameter(torch.zeros(vit.embed_dim))
+    return vit

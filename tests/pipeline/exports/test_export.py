@@ -213,6 +213,23 @@ def test_another_patch_size_by_our_names_is_the_same_to_the_bit(
     assert torch.equal(features, saved.features("representation", images, 12))
 
 
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_a_bias_that_came_with_weights_is_kept(
+    save_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """CLIP's projection has none, and gets one where its normalization of pixels is folded into it."""
+    words = ("model.name=vit_base_patch16_clip_224", "model.positions=learned", "method.freeze_patch_projection=false")
+    saved, images = save_run("moco", *words, folded=True), torch.randn(3, 3, 32, 32)
+    for which in ("online", "momentum"):
+        method = networks(saved.training, saved.checkpoint)
+        encoder = method.encoder if which == "online" else method.momentum_encoders()[0].network["encoder"]
+        assert encoder.patch.bias.abs().max() > 0.05
+        model = loaded(write(saved, tmp_path / which, f"format={format}", f"encoder={which}"), monkeypatch)["model"]
+        with torch.no_grad():
+            features = model(images) if format == "timm" else model(images, Compression(), torch.arange(3))
+        torch.testing.assert_close(features, saved.features(which, images), atol=1e-5, rtol=0)
+
+
 def test_weights_in_timms_names_are_those_of_the_encoder_to_the_bit(simclr, tmp_path: Path) -> None:
     tensors = load_file(write(simclr, tmp_path / "x") / "model.safetensors")
     live = dict(networks(simclr.training, simclr.checkpoint).representation.named_parameters())
