@@ -136,6 +136,31 @@ class ShuffledOrder:
         return self._lane_starts()[lane] + turn
 
 
+class SubsetOrder:
+    """An endless run over some of the samples of a set, in the order in which a shuffled run has them.
+
+    ``ids``: those samples, each once, in any order.
+    """
+
+    def __init__(self, whole: ShuffledOrder, ids: ArrayLike) -> None:
+        self._whole = whole
+        self._taken = np.zeros(len(whole), bool)
+        self._taken[np.asarray(ids, np.int64)] = True
+        self._size = int(self._taken.sum())
+
+    def __len__(self) -> int:
+        return self._size
+
+    def place(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Map global sample indices [n] to (epoch [n], sample id [n]); they may span any number of epochs."""
+        epoch, position = np.divmod(index, len(self))
+        sample = np.empty_like(position)
+        for each in np.unique(epoch):
+            here, permutation = epoch == each, self._whole.permutation(int(each))
+            sample[here] = permutation[self._taken[permutation]][position[here]]
+        return epoch, sample
+
+
 class FixedOrder:
     """The given sample ids once, in that order, all in epoch 0: for evaluation."""
 

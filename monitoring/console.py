@@ -24,6 +24,7 @@ PARTS = (
     "gn {grad_norm:.2f}",
     "{samples_per_second:.0f} img/s",
     "{tokens_per_second:.0f} tok/s",
+    "MFU {mfu_ratio:.1%}",
     "step {step_seconds:.3f}s",
     "data {data_wait_ratio:.1%}",
     "budget {budget_spent:.6g}/{budget_total:.6g}",

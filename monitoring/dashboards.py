@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from monitoring.panels import DASHBOARDS, Dashboard, Panel, Row, of_run
+from monitoring.panel import Dashboard, Panel, Row, of_run
+from monitoring.panels import DASHBOARDS
 
 DIRECTORY = Path(__file__).parent / "grafana" / "dashboards"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}

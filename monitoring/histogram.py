@@ -16,5 +16,4 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 def histogram(name: str) -> Histogram:
     """Return a histogram of the catalogue, which no registry has: a process may have several of a name."""
     metric = LIVE[name]
-    labels = [metric.label] if metric.label else []
-    return Histogram(PREFIX + name, metric.help, labels, registry=None, buckets=BOUNDS)
+    return Histogram(PREFIX + name, metric.help, metric.labels, registry=None, buckets=BOUNDS)

@@ -2,63 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from monitoring.node_panels import GPUS, QUEUE
+from monitoring.panel import RATE, RUN, Dashboard, Panel, Row, of_run, quantile, rate_of_run, share_of_phases
 
-# What every query filters by.
-RUN = '{run=~"$run"}'
-RATE = "[$__rate_interval]"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A picture: queries with their legends, the unit of what they return, and what an operator does about it."""
-
-    title: str
-    queries: tuple[tuple[str, str], ...]
-    description: str
-    unit: str = "short"
-    kind: str = "timeseries"
-    stacked: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """Panels that belong together."""
-
-    title: str
-    panels: tuple[Panel, ...]
-
-
-@dataclass(frozen=True)
-class Dashboard:
-    """A page; `many`: of several runs at once."""
-
-    uid: str
-    title: str
-    rows: tuple[Row, ...]
-    many: bool = False
-
-
-def of_run(name: str, function: str = "max") -> str:
-    """Return the query of a number that all processes of a run report alike."""
-    return f"{function} by (run) (coldpress_{name}{RUN})"
-
-
-def rate_of_run(name: str) -> str:
-    """Return the query of a counter's growth per second."""
-    return f"max by (run) (rate(coldpress_{name}{RUN}{RATE}))"
-
-
-def share_of_phases() -> str:
-    """Return the query of the share of time that each phase takes, the mean over ranks."""
-    return f"avg by (run, phase) (rate(coldpress_phase_duration_seconds_sum{RUN}{RATE}))"
-
-
-def quantile(q: float) -> str:
-    """Return the query of a quantile of step durations, of all ranks together."""
-    buckets = f"sum by (run, le) (rate(coldpress_step_duration_seconds_bucket{RUN}{RATE}))"
-    return f"histogram_quantile({q:g}, {buckets})"
-
+# Exporters have targets, too, and no run.
+RANKS_UP = 'up{job="coldpress", run=~"$run"}'
 
 # On both pages.
 SAMPLES = Panel(
@@ -124,6 +72,13 @@ RESTARTS = Panel(
     "How often Slurm restarted the job. With progress that is preemption; without, read the log of each life.",
     "none",
 )
+MFU = Panel(
+    "Model FLOPs utilization",
+    ((of_run("mfu_ratio"), "{{run}}"),),
+    "What forward and backward multiply, over what the GPUs can do at best. Short sequences and small batches leave "
+    "GPUs idle: raise batch_size, say model.compile=true. Empty for GPUs that nobody knows: monitor.peak_teraflops.",
+    "percentunit",
+)
 THROUGHPUT = Row(
     "Throughput",
     (
@@ -135,6 +90,13 @@ THROUGHPUT = Row(
             "short sequences leave the device idle. Raise batch_size.",
         ),
         COST,
+        MFU,
+        Panel(
+            "FLOPs per second",
+            ((rate_of_run("flops_total"), "{{run}}"),),
+            "Model FLOPs of all processes together; falls with compression where the device is left idle.",
+            "flops",
+        ),
         Panel(
             "Duration of a step",
             ((quantile(0.5), "{{run}} median"), (quantile(0.95), "{{run}} 95 %")),
@@ -265,8 +227,11 @@ RANKS = Row(
             (
                 (f"coldpress_gpu_memory_bytes{RUN}", "{{run}} rank {{rank}}"),
                 (f"coldpress_gpu_memory_peak_bytes{RUN}", "{{run}} rank {{rank}} peak"),
+                (f"coldpress_gpu_memory_reserved_bytes{RUN}", "{{run}} rank {{rank}} reserved"),
+                (f"coldpress_gpu_memory_used_bytes{RUN}", "{{run}} rank {{rank}} in use"),
             ),
-            "What tensors occupy, and the most that they have. Empty without a GPU.",
+            "What tensors occupy, the most that they have, what PyTorch keeps for them, and what is in use at all: the "
+            "rest is DALI's, NCCL's and CUDA's. Empty without a GPU.",
             "bytes",
         ),
         Panel(
@@ -308,9 +273,10 @@ OVERVIEW = Row(
         SAMPLES,
         COST,
         KNN,
+        MFU,
         Panel(
             "Processes",
-            ((f"sum by (run) (up{RUN})", "{{run}} up"), (f"count by (run) (up{RUN})", "{{run}} all")),
+            ((f"sum by (run) ({RANKS_UP})", "{{run}} up"), (f"count by (run) ({RANKS_UP})", "{{run}} all")),
             "Fewer up than there are: a process that did not end well, or a node that nobody reaches.",
             "none",
         ),
@@ -339,5 +305,5 @@ DASHBOARDS = (
         "coldpress: one run",
         (THROUGHPUT, PROGRESS, LEARNING, SCHEDULES, RANKS, CHECKPOINTS),
     ),
-    Dashboard("coldpress-cluster", "coldpress: all runs", (OVERVIEW, CLUSTER), many=True),
+    Dashboard("coldpress-cluster", "coldpress: all runs", (OVERVIEW, CLUSTER, GPUS, QUEUE), many=True),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,19 @@ class MonitorConfig:
     """How a run can be watched from outside; every process has an endpoint of its own."""
 
     prometheus: bool = True
-    # A loopback endpoint is seen from its own node only; 0.0.0.0 is seen by everybody who reaches the node.
-    address: str = "127.0.0.1"
+    # auto is loopback, which is seen from its own node only, and under Slurm the node's address; 0.0.0.0 are all.
+    address: str = "auto"
     # 0 takes any free port; otherwise port + local rank, or any free one when that is taken.
     port: int = 0
+    # TFLOPS that each process's device can reach at best, in the format that it computes in; its share is mfu_ratio.
+    # 0 is what NVIDIA's data sheet says of this GPU, and nothing of one that is not in pipeline/peaks.py.
+    peak_teraflops: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.peak_teraflops < math.inf:
+            raise ValueError(
+                f"monitor.peak_teraflops must be at least 0, got {self.peak_teraflops:g}; 0 takes that of known GPUs."
+            )
         if not 0 <= self.port < 65536:
             raise ValueError(f"monitor.port must be in [0, 65535], got {self.port}; 0 takes any free port.")
 
@@ -103,6 +111,7 @@ def build_sinks(
                     live=live,
                 )
             )
-        except (OSError, OverflowError) as error:
+        # Addresses that are no names, no thread left, a full disk: nothing of it is a reason not to train.
+        except Exception as error:
             log.warning("no metrics endpoint on %s: %s; the run goes on without.", config.address, error)
     return MultiSink(sinks) if sinks else NullSink()

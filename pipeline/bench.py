@@ -10,6 +10,7 @@ from pipeline import distributed
 from pipeline.benchmarks.checkpoint import bench_checkpoint
 from pipeline.benchmarks.freezing import bench_freezing
 from pipeline.benchmarks.loader import bench_loader
+from pipeline.benchmarks.monitoring import bench_monitoring
 from pipeline.benchmarks.report import Report
 from pipeline.benchmarks.start import bench_start
 from pipeline.benchmarks.step import bench_step
@@ -24,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[BenchConfig, World], Report]] = {
     "start": bench_start,
     "targets": bench_targets,
     "checkpoint": bench_checkpoint,
+    "monitoring": bench_monitoring,
 }
 
 

@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "study": ("pipeline.study", "baseline, analysis and schedule, and what each way to compress is worth"),
     "bench": ("pipeline.bench", "step, freezing, targets, loader and start, each against a baseline or a limit"),
     "demo": ("pipeline.demo", "all of the above in minutes"),
+    "gpu-exporter": ("monitoring.exporters.gpu_exporter", "the GPUs of this node, for Prometheus"),
+    "slurm-exporter": ("monitoring.exporters.slurm_exporter", "jobs and nodes of this cluster, for Prometheus"),
 }
 # Commands that keep the user's own words beside what they produce.
 KEEPS_OVERRIDES = {"train"}

@@ -29,13 +29,15 @@ ROOTS: dict[str, tuple[str, str]] = {
     "plan": (RUNS, "PlanConfig"),
     "train": (RUNS, "TrainConfig"),
     "doctor": (RUNS, "DoctorConfig"),
-    "evaluate": (RUNS, "EvaluateConfig"),
+    "evaluate": ("pipeline.evaluate", "EvaluateConfig"),
     "export": ("pipeline.export", "ExportConfig"),
     "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),
     "compare-freezing": (RUNS, "CompareFreezingConfig"),
     "study": (RUNS, "StudyConfig"),
     "bench": (RUNS, "BenchConfig"),
+    "gpu-exporter": ("monitoring.exporters.gpu_exporter", "GpuExporterConfig"),
+    "slurm-exporter": ("monitoring.exporters.slurm_exporter", "SlurmExporterConfig"),
     "demo": (RUNS, "DemoConfig"),
 }
 

@@ -130,30 +130,6 @@ class DoctorConfig(TrainConfig):
 
 
 @dataclass
-class EvaluateConfig:
-    """Evaluation of one run's encoder."""
-
-    run: str = MISSING
-    runs: str = "runs"
-    # latest, init (the untrained encoder of the same seed) or a step number.
-    checkpoint: str = "latest"
-    # Evaluate every checkpoint as it is published, until the run has ended.
-    follow: bool = False
-    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
-    shards: str = ""
-    # At most so many support samples; 0 takes all.
-    support: int = 0
-    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
-
-    def __post_init__(self) -> None:
-        _check_support(self.support)
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k must list numbers of neighbors of at least 1, got {self.k}.")
-        if self.follow and self.checkpoint != "latest":
-            raise ValueError(f"follow=true evaluates every checkpoint; leave checkpoint={self.checkpoint} out.")
-
-
-@dataclass
 class AnalyzeConfig:
     """Gradient-error analysis of one run's checkpoints."""
 
@@ -284,7 +260,8 @@ class BenchConfig:
     """Measurements against a baseline in the same run."""
 
     # step: over compressions; freezing: over frozen layers; targets: LocalMIM's, one pass against many; loader: images
-    # per CPU second; start: time to the index; checkpoint: saves, against DeepSpeed's own, and a resume.
+    # per CPU second; start: time to the index; checkpoint: saves, against DeepSpeed's own, and a resume;
+    # monitoring: what it takes of a step.
     what: str = "step"
     batch_size: int = 64
     rounds: int = 7

@@ -166,6 +166,14 @@ def sum_over_ranks(value: float) -> float:
     return float(total)
 
 
+def sum_tensor(value: Tensor) -> Tensor:
+    """Return the sum of a detached tensor over all processes."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
 def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Return for each flag whether it is set on at least one process. All processes must call this together."""
     if world_size() == 1:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.checkpoint import TrainState
+from pipeline.flops import StepFlops
 from pipeline.methods.base import Method
 from pipeline.schedules import Budget, StepPlan
 from pipeline.training_engine import StepResult, TrainingEngine
@@ -20,8 +21,13 @@ from pipeline.tuning import Tuned
 class Meter:
     """Totals since the process started, and rates since the last report."""
 
-    def __init__(self, method: Method, budget: Budget, global_batch: int) -> None:
+    def __init__(
+        self, method: Method, budget: Budget, global_batch: int, processes: int = 1, peak: float | None = None
+    ) -> None:
+        """Count for all processes together; `peak`: the FLOPS that each of their devices could reach, if known."""
         self._method, self._budget, self._global_batch = method, budget, global_batch
+        self._processes, self._peak = processes, peak
+        self._flops = StepFlops(method, global_batch // processes)
         self.totals = dict.fromkeys(
             (
                 "steps_total",
@@ -29,6 +35,7 @@ class Meter:
                 "tokens_total",
                 "cost_total",
                 "nominal_cost_total",
+                "flops_total",
                 "data_wait_seconds_total",
                 "skipped_steps_total",
                 "recompiles_total",
@@ -61,6 +68,7 @@ class Meter:
         self.totals["tokens_total"] += self._global_batch * self._method.tokens(plan)
         self.totals["cost_total"] += self._global_batch * sample_cost
         self.totals["nominal_cost_total"] += self._global_batch * self._method.nominal_sample_cost(plan)
+        self.totals["flops_total"] += self._processes * self._flops(plan)
         self.totals["data_wait_seconds_total"] = data_wait
         self.totals["skipped_steps_total"] += not result.applied
         self.totals["recompiles_total"] = self._method.encoder.run_block.recompiles
@@ -108,9 +116,14 @@ class Meter:
             "samples_per_second": since["samples_total"] / seconds,
             "tokens_per_second": since["tokens_total"] / seconds,
             "cost_per_second": since["cost_total"] / seconds,
+            **self._utilization(since["flops_total"] / seconds),
             "step_seconds": seconds / max(1.0, since["steps_total"]),
             "data_wait_ratio": since["data_wait_seconds_total"] / seconds,
         }
+
+    def _utilization(self, flops_per_second: float) -> dict[str, float]:
+        share = {"mfu_ratio": flops_per_second / (self._processes * self._peak)} if self._peak else {}
+        return {"flops_per_second": flops_per_second, **share}
 
     def _plan_metrics(self, plan: StepPlan) -> dict[str, float]:
         vit = self._method.encoder.config
@@ -137,9 +150,12 @@ class Meter:
 def _gpu_memory() -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
+    free, total = torch.cuda.mem_get_info()
     return {
         "gpu_memory_bytes": torch.cuda.memory_allocated(),
         "gpu_memory_peak_bytes": torch.cuda.max_memory_allocated(),
+        "gpu_memory_reserved_bytes": torch.cuda.memory_reserved(),
+        "gpu_memory_used_bytes": total - free,
     }
 
 

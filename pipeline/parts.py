@@ -82,7 +82,7 @@ def build(config: TrainConfig, world: World) -> Parts:
             config.checkpoint,
             identity(config, loader.manifest.fingerprint, world.size, schedules),
         ),
-        probe=KNNProbe(config.probe, config.data, loader.num_samples if loader.classes else 0, config.seed),
+        probe=KNNProbe(config.probe, config.data, loader.num_samples, len(loader.classes), config.seed),
     )
 
 

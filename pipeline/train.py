@@ -13,6 +13,7 @@ from pipeline.heartbeat import UNWATCHED, Heartbeat, Phase
 from pipeline.interplay import warn_of_early_freezing
 from pipeline.meter import Meter
 from pipeline.parts import Parts, build
+from pipeline.peaks import peak_flops
 from pipeline.preemption import ProcessFailedError, StopRequest
 from pipeline.prewarm import prewarm
 from pipeline.run_directory import RunDirectory
@@ -69,7 +70,8 @@ def train(
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state, heartbeat)
     prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
-    meter = Meter(parts.method, parts.budget, config.batch_size)
+    peak = peak_flops(config.monitor.peak_teraflops, config.engine.precision, world.device)
+    meter = Meter(parts.method, parts.budget, config.batch_size, world.size, peak)
     skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
     finished = parts.progress(state) >= 1
 

@@ -139,6 +139,20 @@ check_nodes() {
     return "$code"
 }
 
+# With COLDPRESS_GPU_EXPORTER=true watch the GPUs of each node, beside what runs there: watch_gpus COLDPRESS ARGUMENT...
+# The step shares everything with the run's and leaves when Slurm asks all steps of the job to; whatever becomes of it,
+# nobody waits for it. It comes later, so that the run's step keeps the number 0.
+watch_gpus() {
+    [[ ${COLDPRESS_GPU_EXPORTER:-false} == true ]] || return 0
+    local number=$SLURM_JOB_NUM_NODES
+    (
+        sleep 5
+        exec srun "${srun_options[@]}" --overlap --nodes="$number" --ntasks="$number" --ntasks-per-node=1 --cpus-per-task=1 \
+            --kill-on-bad-exit=0 --label "$1" gpu-exporter "runs=$(value_of runs runs "${@:2}")" \
+            "address=$(value_of monitor.address auto "${@:2}")"
+    ) </dev/null &
+}
+
 cancelled=''
 step_pid=''
 signaled=''

@@ -142,8 +142,11 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.methods",
         "pipeline.schedules",
     },
+    "pipeline.flops": {"pipeline.methods", "pipeline.models", "pipeline.schedules"},
+    "pipeline.peaks": {"pipeline.engine_config"},
     "pipeline.meter": {
         "pipeline.checkpoint",
+        "pipeline.flops",
         "pipeline.methods",
         "pipeline.schedules",
         "pipeline.training_engine",
@@ -193,6 +196,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.freezing",
         "pipeline.schedules",
     },
+    "pipeline.linear_protocol": {"pipeline.distributed", "pipeline.models", "pipeline.probes", "data"},
     "pipeline.following": {"pipeline.checkpoint_files", "pipeline.distributed", "pipeline.run_directory"},
     "pipeline.run_directory": {"pipeline.compose", "pipeline.compression", "pipeline.config"},
     "pipeline.benchmarks": {
@@ -205,12 +209,15 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.engine_config",
         "pipeline.engines",
         "pipeline.freezing",
+        "pipeline.heartbeat",
+        "pipeline.meter",
         "pipeline.methods",
         "pipeline.models",
         "pipeline.optim",
         "pipeline.schedules",
         "pipeline.training_engine",
         "data",
+        "monitoring",
     },
     "pipeline.benchmarks.peers": {"pipeline.benchmarks.timing", "data.dali", "data.manifest", "data.views"},
     "pipeline.parts": {
@@ -245,6 +252,7 @@ DOORS = {
     # The second one measures DALI's own readers, as a peer of ours.
     "nvidia": {"data/dali/", "pipeline/benchmarks/peers/dali_reader.py"},
     "prometheus_client": {"monitoring/"},
+    "pynvml": {"monitoring/exporters/gpu_exporter.py"},
     "hydra": {"pipeline/compose.py"},
     "yaml": {"pipeline/compression/schedule_file.py"},
     "omegaconf": {"pipeline/compose.py", "pipeline/config.py"},

@@ -1,42 +1,32 @@
-"""The Prometheus door: one endpoint a process, and the file by which Prometheus finds it."""
+"""What each process of a run tells Prometheus."""
 
 from __future__ import annotations
 
-import errno
-import json
-import logging
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import InfoMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from monitoring.exporters.endpoint import TARGETS, Endpoint, node_name
+from monitoring.exporters.reading import Reading
 from monitoring.live import Live
 from monitoring.metrics import CATALOG, LIVE, PHASE, PREFIX, TERMS, check
 
-log = logging.getLogger(__name__)
-
-WILDCARDS = ("0.0.0.0", "::")
 # A counter that appears with its first event has not grown, to Prometheus.
 NOTHING_YET = {metric.name: 0.0 for metric in CATALOG.values() if metric.kind == "counter"}
-FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
 
 class PrometheusSink:
     """Serve the latest value of every metric that was ever reported.
 
     The target file is `<runs>/.targets/<run>-<rank>.json`: Prometheus takes a wildcard only in the last part
-    of a file_sd path, so all runs share one directory. It goes when the sink is closed and stays when the
-    process is killed, which is what the alert on a lost rank looks for.
+    of a file_sd path, so all runs share one directory.
     """
 
     def __init__(
@@ -57,23 +47,12 @@ class PrometheusSink:
         """
         known = {**NOTHING_YET, "start_timestamp_seconds": time.time()}
         self._latest = _Latest(known, _run_info(world_size), live)
-        registry = CollectorRegistry()
-        registry.register(self._latest)
-        self._server, self._thread = _serve(registry, address, port)
-        self.port: int = self._server.server_port
-        directory = run_dir.parent / ".targets"
-        self._target = directory / f"{run_dir.name}-{rank}.json"
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        host = node if address in WILDCARDS else address
+        directory, node = run_dir.parent / TARGETS, node_name()
         # An instance without the port: a restart on another port continues the same series.
         labels = {"run": run, "rank": str(rank), "node": node, "instance": f"{node}:{rank}"}
-        try:
-            _publish(self._target, [{"targets": [f"{host}:{self.port}"], "labels": labels}])
-            if rank == 0:
-                _forget_ranks(directory, run_dir.name, world_size)
-        except OSError:
-            self._stop()
-            raise
+        self.endpoint = Endpoint(self._latest, address, port, directory / f"{run_dir.name}-{rank}.json", labels)
+        if rank == 0:
+            _forget_ranks(directory, run_dir.name, world_size)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Replace the values that are reported; the others keep theirs."""
@@ -82,14 +61,7 @@ class PrometheusSink:
 
     def close(self) -> None:
         """Take the target back and close the endpoint."""
-        with suppress(OSError):
-            self._target.unlink(missing_ok=True)
-        self._stop()
-
-    def _stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.endpoint.close()
 
 
 class _Latest(Collector):
@@ -105,9 +77,10 @@ class _Latest(Collector):
 
     def collect(self) -> Iterator[Family]:
         yield InfoMetricFamily(f"{PREFIX}run", "What is running.", self._info)
+        reading = Reading(CATALOG)
         for name, value in self._values.items():
-            metric = CATALOG[name]
-            yield FAMILIES[metric.kind](PREFIX + name, metric.help, value=value)
+            reading.add(name, value)
+        yield from reading.families()
         live = self._live()
         if live is not None:
             yield from _families(live)
@@ -115,11 +88,11 @@ class _Latest(Collector):
 
 def _families(live: Live) -> Iterator[Family]:
     """Yield what a process says at the moment of a scrape."""
+    reading = Reading(LIVE)
     for name, value in live.numbers.items():
-        yield FAMILIES[LIVE[name].kind](PREFIX + name, LIVE[name].help, value=value)
-    phase = GaugeMetricFamily(PREFIX + PHASE, LIVE[PHASE].help, labels=[LIVE[PHASE].label])
-    phase.add_metric([live.phase], 1)
-    yield phase
+        reading.add(name, value)
+    reading.add(PHASE, 1, live.phase)
+    yield from reading.families()
     for durations in live.durations:
         yield from durations.collect()
 
@@ -133,29 +106,10 @@ def _run_info(world_size: int) -> dict[str, str]:
     }
 
 
-def _serve(registry: CollectorRegistry, address: str, port: int) -> tuple[WSGIServer, threading.Thread]:
-    try:
-        return start_http_server(port, addr=address, registry=registry)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        log.warning("port %d is taken, the metrics endpoint takes another", port)
-        return start_http_server(0, addr=address, registry=registry)
-
-
-def _publish(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that Prometheus' *.json does not match.
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content))
-    # Prometheus runs as another user.
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
-
-
 def _forget_ranks(directory: Path, name: str, world_size: int) -> None:
     """Remove what an earlier, killed life of the run with more processes left."""
-    for path in directory.glob("*.json"):
-        run, _, rank = path.stem.rpartition("-")
-        if run == name and rank.isdigit() and int(rank) >= world_size:
-            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for path in directory.glob("*.json"):
+            run, _, rank = path.stem.rpartition("-")
+            if run == name and rank.isdigit() and int(rank) >= world_size:
+                path.unlink(missing_ok=True)

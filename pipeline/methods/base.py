@@ -81,6 +81,14 @@ class Method(nn.Module):
         """Return every pass through a backbone that one sample takes; costs follow from it."""
         raise NotImplementedError
 
+    def head_flops(self, plan: StepPlan) -> int:
+        """Return the FLOPs of one sample behind the backbones, forward and backward: heads, decoders."""
+        raise NotImplementedError
+
+    def shared_layers(self, plan: StepPlan) -> int:
+        """Return the first layers whose output a momentum encoder takes over instead of computing it again."""
+        return 0
+
     def layers(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each layer that can freeze, in freezing order."""
         return self.encoder.layers()

@@ -18,6 +18,7 @@ from pipeline.losses import centered_softmax, distillation
 from pipeline.methods.base import Batch, Forward, Method, StepOutput
 from pipeline.methods.indicators import entropy_ratio, spread
 from pipeline.methods.multicrop import Group, encode, encode_prefix
+from pipeline.models.flops import linear_flops
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.initialization import initialize_as_dino
 from pipeline.models.momentum import MomentumEncoder
@@ -152,6 +153,20 @@ class DINO(Method):
             *[Forward(large, plan.key, False)] * len(self._keys),
         ]
 
+    def head_flops(self, plan: StepPlan) -> int:
+        """Return those of the student's head, whose prototypes may still wait, and of the teacher's."""
+        mlp = linear_flops(self.head.mlp)
+        prototypes = 2 * self.config.bottleneck_dim * self.config.out_dim
+        students, teachers = len(self._queries) + len(self._small), len(self._keys)
+        learning = 3 if plan.last_layer_rate > 0 else 2
+        return students * (3 * mlp + learning * prototypes) + teachers * (mlp + prototypes)
+
+    def shared_layers(self, plan: StepPlan) -> int:
+        """Return the layers that rest in student and teacher, where both see the same large crops."""
+        if not plan.frozen_layers or self._queries != self._keys or plan.query != plan.key:
+            return 0
+        return self._teacher[0].shared_layers(self.encoder.layers()[: plan.frozen_layers])
+
     def last_layer(self) -> list[nn.Parameter]:
         """Return the prototypes."""
         return list(self.head.prototypes.parameters())
@@ -204,10 +219,7 @@ class DINO(Method):
 
     def _shared_prefix(self, batch: Batch, plan: StepPlan) -> dict[Group, Known]:
         """Return the first layers' outputs for large crops where the teacher would only compute them again."""
-        if self._queries != self._keys or plan.query != plan.key:
-            return {}
-        layers = self._teacher[0].shared_layers(self.encoder.layers()[: plan.frozen_layers])
-        return encode_prefix(self.encoder, batch, dict.fromkeys(self._keys, plan.key), layers)
+        return encode_prefix(self.encoder, batch, dict.fromkeys(self._keys, plan.key), self.shared_layers(plan))
 
     def _features(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
         crops = dict.fromkeys(self._queries, plan.query) | {s: Compression() for s in self._small}

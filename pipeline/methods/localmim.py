@@ -16,6 +16,7 @@ from pipeline.compression import Compression, TokenDropout
 from pipeline.methods.base import Batch, Forward, Method, StepOutput
 from pipeline.methods.indicators import spread
 from pipeline.models.decoders import PatchDecoder
+from pipeline.models.flops import attention_flops
 from pipeline.models.hog import COLORS, hog_targets
 from pipeline.models.initialization import initialize_as_localmim
 from pipeline.models.vit import ViT
@@ -105,6 +106,7 @@ class LocalMIM(Method):
         self.taps = nn.ModuleList(self._tap(i, *place) for i, place in enumerate(places, start=1))
         # Asked for at every step, and always the same.
         self._decoder_costs = {tap.block: self._decoder_cost(tap) for tap in self._all_taps()}
+        self._decoder_flops = {tap.block: self._flops_of_decoder(tap) for tap in self._all_taps()}
 
     def views(self) -> Sequence[ViewSpec]:
         """Return one view: crop and flip."""
@@ -149,6 +151,10 @@ class LocalMIM(Method):
             raise ValueError(self.incompressible)
         return [Forward(vit.image_size, self._masking(), True)]
 
+    def head_flops(self, plan: StepPlan) -> int:
+        """Return those of the decoders that are left."""
+        return 3 * sum(self._decoder_flops[tap.block] for tap in self.active(plan))
+
     def lengths(self, plan: StepPlan) -> tuple[int, int]:
         """Return the class token and the visible patches; there are no keys."""
         return self.tokens(plan), 0
@@ -185,6 +191,11 @@ class LocalMIM(Method):
         visible = self._masking().keep(vit.grid**2)
         per_token = sum(p.numel() for block in self.encoder.blocks for p in block.parameters() if p.dim() == 2)
         return float(tap.decoder.weights_per_image(visible, vit.grid) / (vit.reference_length * per_token))
+
+    def _flops_of_decoder(self, tap: Tap) -> int:
+        grid = self.encoder.config.grid
+        weights = tap.decoder.weights_per_image(self._masking().keep(grid**2), grid)
+        return 2 * weights + attention_flops(tap.decoder.block, grid**2 + 1)
 
     def _masking(self) -> Compression:
         # A masked patch is a dropped token: never projected, chosen by the sample's own number.

@@ -18,6 +18,7 @@ from pipeline.losses import info_nce
 from pipeline.methods.base import Batch, Forward, Method, StepOutput
 from pipeline.methods.indicators import spread
 from pipeline.methods.multicrop import Group, encode, encode_prefix
+from pipeline.models.flops import linear_flops
 from pipeline.models.heads import mlp_head
 from pipeline.models.initialization import initialize_as_moco_v3
 from pipeline.models.momentum import MomentumEncoder
@@ -106,6 +107,17 @@ class MoCo(Method):
         size = self.encoder.config.image_size
         return [Forward(size, plan.query, True), Forward(size, plan.key, False)] * len(self._pairs)
 
+    def head_flops(self, plan: StepPlan) -> int:
+        """Return those of projector and predictor, which learn, and of the momentum encoder's projector."""
+        return len(self._pairs) * (4 * linear_flops(self.projector) + 3 * linear_flops(self.predictor))
+
+    def shared_layers(self, plan: StepPlan) -> int:
+        """Return the layers that rest in both encoders, where both see the same."""
+        queries, keys = self._views(plan)
+        if not plan.frozen_layers or queries != keys:
+            return 0
+        return self._target[0].shared_layers(self.encoder.layers()[: plan.frozen_layers])
+
     def momentum(self, progress: float) -> float:
         """Return a cosine from the configured momentum to 1."""
         return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - self.config.momentum)
@@ -132,9 +144,8 @@ class MoCo(Method):
 
     def _shared_prefix(self, batch: Batch, plan: StepPlan) -> dict[Group, Known]:
         """Return the first layers' outputs where the momentum encoder would only compute them again."""
-        queries, keys = self._views(plan)
-        layers = self._target[0].shared_layers(self.encoder.layers()[: plan.frozen_layers]) if queries == keys else 0
-        return encode_prefix(self.encoder, batch, queries, layers)
+        queries, _ = self._views(plan)
+        return encode_prefix(self.encoder, batch, queries, self.shared_layers(plan))
 
     def _features(self, batch: Batch, plan: StepPlan, prefix: dict[Group, Known]) -> dict[int, Tensor]:
         queries, _ = self._views(plan)

@@ -14,6 +14,7 @@ from pipeline.losses import nt_xent
 from pipeline.methods.base import Batch, Forward, Method, StepOutput
 from pipeline.methods.indicators import spread
 from pipeline.methods.multicrop import encode
+from pipeline.models.flops import linear_flops
 from pipeline.models.heads import mlp_head
 from pipeline.models.initialization import initialize_as_moco_v3
 from pipeline.models.vit import ViT
@@ -77,6 +78,10 @@ class SimCLR(Method):
         """Return two views that learn."""
         size = self.encoder.config.image_size
         return [Forward(size, plan.query, True), Forward(size, plan.key, True)]
+
+    def head_flops(self, plan: StepPlan) -> int:
+        """Return those of the projector, through which both views go."""
+        return 2 * 3 * linear_flops(self.projector)
 
     def _features(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
         sides = {0: plan.query, 1: plan.key}

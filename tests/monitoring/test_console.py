@@ -36,6 +36,7 @@ def test_summary_shows_every_number():
 
 
 def test_summary_leaves_out_what_is_not_known():
+    assert " | 921000 tok/s | MFU 41.2% | step" in summary(7, {**REPORT, "mfu_ratio": 0.412})
     assert summary(7, {"knn_top1_ratio": 0.314}) == "[      7] k-NN 31.4%"
     assert "eta" not in summary(7, {**REPORT, "eta_seconds": float("nan")})
 

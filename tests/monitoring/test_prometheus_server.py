@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from monitoring.exporters.endpoint import node_name
 from monitoring.exporters.prometheus import PrometheusSink
-from monitoring.metrics import CATALOG
+from monitoring.exporters.reading import Cached, Reading
+from monitoring.exporters.service import ExporterConfig, open_endpoint
+from monitoring.metrics import CATALOG, GPUS, SLURM
 from pipeline.heartbeat import Heartbeat, Phase
 
 ROOT = Path(__file__).parents[2] / "monitoring"
@@ -37,7 +40,22 @@ def ranks(checkout):
 
 
 @pytest.fixture(scope="module")
-def scraped(server, ranks):
+def exporters(checkout):
+    """Both exporters, as if there were GPUs and a queue."""
+    readings = {}
+    for kind, catalog in (("gpu", GPUS), ("slurm", SLURM)):
+        readings[kind] = reading = Reading(catalog)
+        for metric in catalog.values():
+            reading.add(metric.name, 1.0, *(f"a {label}" for label in metric.labels))
+    config = ExporterConfig(runs=str(checkout / "runs"))
+    endpoints = [open_endpoint(Cached(lambda kind=kind: readings[kind], 1), config, kind) for kind in readings]
+    yield endpoints
+    for endpoint in endpoints:
+        endpoint.close()
+
+
+@pytest.fixture(scope="module")
+def scraped(server, ranks, exporters):
     """The server once both ranks were scraped twice: a rate needs two samples."""
     server.wait("count_over_time(coldpress_step[1m]) >= 3", 2)
     return server
@@ -47,6 +65,14 @@ def test_every_rank_is_found_through_its_target_file(scraped):
     found = {(s["metric"]["run"], s["metric"]["rank"]) for s in scraped.query('up{job="coldpress"} == 1')}
     assert found == {("a", "0"), ("a", "1")}
     assert not scraped.query('{__name__=~"coldpress_.*", exported_instance!=""}')
+
+
+def test_exporters_are_no_ranks(scraped, exporters):
+    found = {(s["metric"]["job"], s["metric"]["instance"]) for s in scraped.query('up{job!="coldpress"} == 1')}
+    node = node_name()
+    assert found == {("coldpress-gpu", f"{node}:gpu"), ("coldpress-slurm", f"{node}:slurm")}
+    assert {s["metric"]["run"] for s in scraped.query('count by (run) (up{job="coldpress"})')} == {"a"}
+    assert scraped.query("coldpress_node_gpu_up")[0]["metric"]["node"] == node
 
 
 def test_a_report_arrives_with_its_value(scraped, ranks):
@@ -59,7 +85,7 @@ def test_a_report_arrives_with_its_value(scraped, ranks):
 
 def test_every_rule_is_evaluated_without_error(scraped):
     rules = [rule for group in scraped.get("api/v1/rules")["groups"] for rule in group["rules"]]
-    assert len(rules) == 18
+    assert len(rules) == 24
     scraped.wait("run_stage:coldpress_samples:rate5m", 1)
     rules = [rule for group in scraped.get("api/v1/rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}
@@ -115,9 +141,11 @@ def test_who_is_behind_and_where_is_seen(scraped):
     assert phases == {"0": "data", "1": "report"}
 
 
-def test_a_killed_rank_is_down_and_a_closed_one_is_gone(scraped, ranks, checkout):
-    ranks[1]._stop()  # as a kill does: the target file stays
+def test_a_killed_rank_is_down_and_a_closed_one_is_gone(scraped, ranks, exporters, checkout):
+    ranks[1].endpoint.stop()  # as a kill does: the target file stays
     scraped.wait('up{run="a", rank="1"} == 0', 1)
     ranks[0].close()
     scraped.wait('up{run="a"}', 1)
+    for exporter in exporters:
+        exporter.close()
     assert [p.name for p in (checkout / "runs" / ".targets").iterdir()] == ["a-1.json"]

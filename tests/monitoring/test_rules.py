@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from monitoring.metrics import CATALOG, LIVE, PREFIX
+from monitoring.metrics import CATALOG, GPUS, LIVE, PREFIX, SLURM
 
 HERE = Path(__file__).parents[2] / "monitoring" / "prometheus"
 CHECKS = [
@@ -27,7 +27,7 @@ def test_rules_use_names_of_the_catalogue():
     used = {name for e in expressions for name in re.findall(rf"(?<![:\w]){PREFIX}\w+", e)}
     assert used
     series = {m.name + end for m in LIVE.values() if m.kind == "histogram" for end in ("_bucket", "_sum", "_count")}
-    assert used <= {PREFIX + name for name in (*CATALOG, *LIVE, *series)}
+    assert used <= {PREFIX + name for name in (*CATALOG, *LIVE, *GPUS, *SLURM, *series)}
 
 
 def test_every_alert_is_tested_and_says_what_to_do():

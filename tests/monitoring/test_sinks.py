@@ -72,6 +72,12 @@ def test_config_refuses_an_impossible_port():
         MonitorConfig(port=70000)
 
 
+@pytest.mark.parametrize("peak", [-1.0, float("inf")])
+def test_config_refuses_an_impossible_peak(peak):
+    with pytest.raises(ValueError, match=rf"^monitor\.peak_teraflops must be at least 0, got {peak:g}; 0 takes "):
+        MonitorConfig(peak_teraflops=peak)
+
+
 @pytest.mark.parametrize("sink", [NullSink(), MultiSink([])])
 def test_even_sinks_that_go_nowhere_check_names(sink):
     sink.write(1, {"loss": 1.0})

@@ -12,12 +12,15 @@ from operations.retelling import picture, text
 from slurm.cluster import missing_programs
 
 from monitoring import dashboards
+from monitoring.node_panels import GPUS, QUEUE
 
 STEPS = 90
 # So that every panel has something to show.
 WORDS = ("batch_size=16", "engine.layer_norms=true", "probe.share=0.2", "probe.support=60", "probe.queries=20")
-# Of DINO, of LocalMIM, of a GPU.
+WORDS += ("monitor.peak_teraflops=0.1",)
+# Of DINO, of LocalMIM, of a GPU, of exporters.
 OF_OTHERS = {"Teacher's entropy", "Loss by tap", "Memory of the GPU"}
+OF_OTHERS |= {panel.title for row in (GPUS, QUEUE) for panel in row.panels}
 PANELS = [
     panel
     for content in dashboards.texts().values()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.bench import BENCHMARKS, run
+from pipeline.benchmarks import monitoring
 from pipeline.benchmarks.freezing import Row, kept_for_backward, time_shares, whole_run
 from pipeline.compose import load
 
@@ -34,6 +35,23 @@ def test_saves_against_deepspeeds_own(tmp_path: Path) -> None:
     # The same weights and moments, but for headers, and for a momentum encoder that both keep whole.
     assert ours["megabytes"] == pytest.approx(theirs["megabytes"], rel=0.2)
     assert ours["resume"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_what_watching_takes_adds_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in {"STEPS": 20, "REPORTS": 5, "SCRAPES": 3}.items():
+        monkeypatch.setattr(monitoring, name, few)
+    *parts, every_second, total = measure(tmp_path, "what=monitoring")
+    assert len(parts) == 4
+    assert all(row["microseconds"] > 0 for row in (*parts, every_second))
+    marks, counts, report, scrape = (row["microseconds"] for row in parts)
+    # By hand: a report every 10 steps, a scrape every 75 steps of 0.2 s.
+    assert total["share_long"] == pytest.approx(100 * (marks + counts + report / 10 + scrape / 75) / 0.2e6)
+    assert total["of_step"] == pytest.approx(sum(row["of_step"] for row in parts))
+    assert every_second["share"] == pytest.approx(15 * parts[3]["share"])
+    assert " % that it may take." in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 

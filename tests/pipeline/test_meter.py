@@ -12,6 +12,7 @@ from pipeline.checkpoint import TrainState
 from pipeline.compression.schedule import compression
 from pipeline.engine import Engine
 from pipeline.engine_config import EngineConfig, Precision
+from pipeline.flops import step_flops
 from pipeline.meter import Meter
 from pipeline.methods.moco import MoCo
 from pipeline.optim import OptimConfig
@@ -104,6 +105,49 @@ def test_rates_are_since_the_last_report_and_leave_pauses_out(
     second = report(4.0, steps=1, data_wait=2.5, done=8)
     assert second["samples_per_second"] == pytest.approx(8 / 4)
     assert second["data_wait_ratio"] == pytest.approx(1.0 / 4)
+
+
+def test_flops_are_those_of_all_processes_and_held_against_all_devices(
+    make_moco: Callable[..., MoCo], make_plan: Callable[..., StepPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("pipeline.meter.time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 0.0))
+    moco = make_moco()
+    meters = [Meter(moco, Budget(10, Unit.steps), 8, 2, peak) for peak in (None, 1e9)]
+    plans = [make_plan(moco), make_plan(moco, compression(None, 0.5), frozen=2)]
+    engine = SimpleNamespace(layer_norms=list, grad_norm=lambda: 1.0, optimizer_bytes=lambda: 7)
+    for meter in meters:
+        for plan in plans:
+            meter.count(plan, StepResult(torch.zeros(()), {}, applied=True), 4.0, 0.0)
+    clock.now += 4.0
+    unknown, known = (meter.report(TrainState(step=2), plans[0], engine, loss=1.0) for meter in meters)  # type: ignore[arg-type]
+    # Each of the two processes has 4 of the 8 samples.
+    flops = 2 * sum(step_flops(moco, plan, 4) for plan in plans)
+    assert unknown["flops_total"] == flops
+    assert unknown["flops_per_second"] == known["flops_per_second"] == flops / 4
+    assert "mfu_ratio" not in unknown
+    assert known["mfu_ratio"] == pytest.approx(flops / 4 / 2e9)
+    check(known)
+
+
+def test_memory_of_a_gpu_is_reported_as_torch_and_the_driver_say(
+    make_moco: Callable[..., MoCo], make_plan: Callable[..., StepPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = {
+        "is_available": True,
+        "memory_allocated": 10,
+        "max_memory_allocated": 30,
+        "memory_reserved": 40,
+        "mem_get_info": (25, 100),
+    }
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    moco = make_moco()
+    engine = SimpleNamespace(layer_norms=list, grad_norm=lambda: 1.0, optimizer_bytes=lambda: 7)
+    metrics = Meter(moco, Budget(10, Unit.steps), 8).report(TrainState(step=5), make_plan(moco), engine, loss=1.0)  # type: ignore[arg-type]
+    names = ("", "_peak", "_reserved", "_used")
+    assert [metrics[f"gpu_memory{name}_bytes"] for name in names] == [10, 30, 40, 75]
+    check(metrics)
 
 
 def test_what_a_plan_does_to_tokens_is_reported(

@@ -34,7 +34,7 @@ def live_sink(tmp_path):
 
 
 def scrape(sink):
-    return urllib.request.urlopen(f"http://127.0.0.1:{sink.port}/metrics").read().decode()
+    return urllib.request.urlopen(f"http://127.0.0.1:{sink.endpoint.port}/metrics").read().decode()
 
 
 def names(text):
@@ -114,7 +114,7 @@ def test_a_wildcard_address_is_published_as_the_node(tmp_path, monkeypatch):
     sink = PrometheusSink(tmp_path / "a", run="a", rank=5, world_size=8, address="0.0.0.0", port=0)
     [entry] = json.loads((tmp_path / ".targets" / "a-5.json").read_text())
     sink.close()
-    assert entry["targets"] == [f"n7:{sink.port}"]
+    assert entry["targets"] == [f"n7:{sink.endpoint.port}"]
     assert entry["labels"] == {"run": "a", "rank": "5", "node": "n7", "instance": "n7:5"}
 
 

@@ -36,7 +36,7 @@ def test_the_network_that_is_evaluated_is_probed(tmp_path: Path, drawn_shards: P
     world, papers, probe = distributed.start(), RunDirectory(config), Watcher()
     parts = replace(build(config, world), probe=probe)
     papers.open(words)
-    never = SimpleNamespace(requested=False, exit_code=75)
+    never = SimpleNamespace(requested=False, exit_code=75, after=str)
     try:
         assert train(config, world, never, parts, TrainState(), papers) == 0  # type: ignore[arg-type]
     finally:
