@@ -263,13 +263,17 @@ def test_exports_of_a_run_have_places_of_their_own(copy: Path) -> None:
 
 def test_what_the_card_says(copy: Path, tmp_path: Path, drawn_shards: Path) -> None:
     result = {
+        "protocol": "knn",
         "checkpoint": "step_00000005",
         "support": {"shards": str(drawn_shards), "samples": 39},
         "queries": {"shards": str(drawn_shards), "samples": 9},
         "top1": {"10": 0.5, "20": 0.625},
+        "interval": {"20": [0.3, 0.9]},
     }
+    linear = {"protocol": "linear", "top1": {"cls": 0.75}, "interval": {"cls": [0.5, 0.9]}}
     (copy / "r" / "eval").mkdir()
     (copy / "r" / "eval" / "knn-step_00000005.json").write_text(json.dumps(result))
+    (copy / "r" / "eval" / "linear-cls-step_00000005.json").write_text(json.dumps(result | linear))
     (copy / "r" / "eval" / "knn-step_00000004.json").write_text(json.dumps(result | {"top1": {"10": 0.11}}))
     environment = {"packages": {"torch": "2.11.0"}, "command": ["/home/somebody/bin/coldpress"]}
     (copy / "r" / "environment.json").write_text(json.dumps(environment))
@@ -283,7 +287,9 @@ def test_what_the_card_says(copy: Path, tmp_path: Path, drawn_shards: Path) -> N
         "| budget | 10 steps, batches of 8 |",
         "| checkpoint | step 5, 50.0% of the budget |",
         "| 0.0% to 40.0% | 16 | 0.5 | 0 of 4 |",
-        "| knn, k = 20 | 9 of shards | 62.50% |",
+        "| k-NN, k = 10 | 9 of shards | 50.00% |",
+        "| k-NN, k = 20 | 9 of shards | 62.50% (30.00% to 90.00%) |",
+        "| linear, cls | 9 of shards | 75.00% (50.00% to 90.00%) |",
         "| torch | 2.11.0 |",
     ):
         assert line in card, line
