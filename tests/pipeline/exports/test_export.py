@@ -124,9 +124,13 @@ def test_onnx_is_asked_for_by_name(simclr, monkeypatch: pytest.MonkeyPatch, caps
     assert "needs onnx and onnxscript; say `pip install coldpress[onnx]`, or take format=timm." in said
 
 
-def test_nothing_is_overwritten(simclr, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten(
+    simclr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = write(simclr, tmp_path / "here")
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    # Said before anything is written, which may take a while.
+    monkeypatch.setattr("pipeline.exports.timm_folder.write_tensors", None)
     said = refused(simclr.runs, capsys, f"output={output}", "encoder=online")
     assert said == f"coldpress: output: {output} exists; delete it, or give another output=DIR.\n"
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
@@ -204,10 +208,9 @@ def test_another_patch_size_by_our_names_is_the_same_to_the_bit(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """MoCo's positions are a formula, SimCLR's are learned here."""
-    saved, images = request.getfixturevalue(run), torch.randn(3, 3, 48, 48)
-    model = loaded(write(saved, tmp_path / "x", "format=safetensors", "patch_size=12", "image_size=48"), monkeypatch)[
-        "model"
-    ]
+    saved, images = request.getfixturevalue(run), torch.randn(3, 3, 60, 60)
+    folder = write(saved, tmp_path / "x", "format=safetensors", "patch_size=12", "image_size=60")
+    model = loaded(folder, monkeypatch)["model"]
     with torch.no_grad():
         features = model(images, Compression(), torch.arange(3))
     assert torch.equal(features, saved.features("representation", images, 12))
