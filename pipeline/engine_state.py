@@ -95,6 +95,11 @@ def saved_names(method: Method, reader: Reader) -> dict[nn.Parameter, str]:
     return own | {parameter: STATE + name for name, parameter in _followers(method).items()}
 
 
+def is_saved(name: str, reader: Reader) -> bool:
+    """Return whether there are weights of a parameter of this name."""
+    return _saved_name(reader, name) in reader.names
+
+
 def _saved_name(reader: Reader, name: str) -> str:
     """Return under which name the weights of a parameter are saved."""
     return WEIGHT + name if WEIGHT + name in reader.names else MASTER + name

@@ -14,26 +14,27 @@ from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.pieces import Reader
 
-
-def imagine(training: TrainConfig) -> Method:
-    """Return a run's method with shapes but no weights, which takes no memory."""
-    with torch.device("meta"):
-        return build_method(training.method, ViT(replace(training.model, weights=""), training.seed))
-
-
 # The one whose features are evaluated is one of the other two.
 REPRESENTATION, ONLINE, MOMENTUM = "representation", "online", "momentum"
 ENCODERS = (REPRESENTATION, ONLINE, MOMENTUM)
+# The one tensor that weights may bring and a model of the same name has not: see `timm_backbone.fold_normalization`.
+_FOLDED = "encoder.patch.bias"
+
+
+def imagine(training: TrainConfig, reader: Reader | None = None) -> Method:
+    """Return a run's method with shapes but no weights, which takes no memory; of a checkpoint, if that is given."""
+    with torch.device("meta"):
+        return build_method(training.method, _backbone(training, reader))
 
 
 def networks(training: TrainConfig, checkpoint: Path | None) -> Method:
     """Return a run's method with the weights of a checkpoint, on the CPU; None means untrained."""
     torch.manual_seed(training.seed)
-    # A checkpoint has all weights: those that the run started from may be gone by now.
-    model = training.model if checkpoint is None else replace(training.model, weights="")
-    method = build_method(training.method, ViT(model, training.seed))
-    if checkpoint is not None:
-        engine_state.load_networks(method, Reader(checkpoint))
+    if checkpoint is None:
+        return build_method(training.method, ViT(training.model, training.seed))
+    reader = Reader(checkpoint)
+    method = build_method(training.method, _backbone(training, reader))
+    engine_state.load_networks(method, reader)
     return method
 
 
@@ -54,3 +55,11 @@ def encoder_of(method: Method, which: str) -> ViT:
             f"encoder={which}: {type(method).__name__} keeps no such encoder; choose from {', '.join(found)}."
         )
     return found[which]
+
+
+def _backbone(training: TrainConfig, reader: Reader | None) -> ViT:
+    """Return a backbone with a place for all that a checkpoint has; weights that it started from may be gone by now."""
+    vit = ViT(replace(training.model, weights=""), training.seed)
+    if reader is not None and vit.patch.bias is None and engine_state.is_saved(_FOLDED, reader):
+        vit.patch.bias = nn.Parameter(torch.zeros(vit.embed_dim))
+    return vit

@@ -99,7 +99,7 @@ class Card:
             return "## Results\n\nThis checkpoint was not evaluated when it was exported."
         same = self.encoder.is_representation and self.form.is_own(self.encoder.config)
         note = "\n\nThese are of the encoder and patches that the run is evaluated with, not of this export."
-        return "## Results\n\n" + _table(("evaluation", "queries", "top-1"), rows) + ("" if same else note)
+        return "## Results\n\n" + _table(("evaluation", "queries", "top-1 (95 %)"), rows) + ("" if same else note)
 
     def _versions(self) -> str:
         rows = [("coldpress", version("coldpress")), *facts.versions(self.directory)]

@@ -59,9 +59,9 @@ def read_encoder(training: TrainConfig, checkpoint: Path, which: str) -> Encoder
     Raises:
         ValueError: the method has no such encoder, or the checkpoint is damaged or of another model.
     """
-    method = imagine(training)
-    vit = encoder_of(method, which)
     reader = Reader(checkpoint)
+    method = imagine(training, reader)
+    vit = encoder_of(method, which)
     places = engine_state.saved_names(method, reader)
     saved = {name: places[parameter] for name, parameter in vit.named_parameters()}
     try:

@@ -78,15 +78,16 @@ def is_adaptive(schedules: Schedules) -> bool:
 
 
 def results(directory: Path, checkpoint: str) -> list[tuple[str, ...]]:
-    """Return what evaluations of a checkpoint found: what was done, with how many queries, top-1 accuracy."""
+    """Return what evaluations of a checkpoint found: how, of which queries, top-1 accuracy with its interval."""
     rows: list[tuple[str, ...]] = []
     for path in sorted((directory / "eval").glob(f"*-{checkpoint}.json")):
         found = json.loads(path.read_text())
-        protocol, top1 = path.name.removesuffix(f"-{checkpoint}.json"), found.get("top1", {})
-        queries = f"{found.get('queries', {}).get('samples', 0):,} of {_shards(found)}"
-        by_setting = top1 if isinstance(top1, dict) else {"": top1}
-        numbers = {key: value for key, value in by_setting.items() if isinstance(value, (int, float))}
-        rows += [(_setting(protocol, key), queries, f"{value:.2%}") for key, value in numbers.items()]
+        queries = f"{found['queries']['samples']:,} of {Path(found['queries']['shards']).name}"
+        # Evaluations of earlier versions were all k-NN, and had no intervals.
+        protocol, intervals = found.get("protocol", "knn"), found.get("interval", {})
+        for which, top1 in found["top1"].items():
+            how = f"k-NN, k = {which}" if protocol == "knn" else f"{protocol}, {which}"
+            rows.append((how, queries, _accuracy(top1, intervals.get(which))))
     return rows
 
 
@@ -99,9 +100,5 @@ def versions(directory: Path) -> list[Row]:
     return sorted(environment.get("packages", {}).items())
 
 
-def _setting(protocol: str, key: str) -> str:
-    return f"{protocol}, k = {key}" if protocol == "knn" else ", ".join(filter(None, (protocol, key)))
-
-
-def _shards(found: dict[str, Any]) -> str:
-    return Path(found.get("queries", {}).get("shards", "?")).name
+def _accuracy(top1: float, interval: list[float] | None) -> str:
+    return f"{top1:.2%}" + (f" ({interval[0]:.2%} to {interval[1]:.2%})" if interval else "")

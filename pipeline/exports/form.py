@@ -52,8 +52,11 @@ def kernel(encoder: Encoder, form: Form) -> Tensor:
     return resize_kernel(encoder.tensor("patch.weight"), form.patch_size)
 
 
-def positions(encoder: Encoder, form: Form, rows: int) -> Tensor:
-    """Return the positions [rows, D] of the patches, after one of the class token where there is room for it."""
+def positions(encoder: Encoder, form: Form, rows: int, *, with_bias: bool) -> Tensor:
+    """Return the positions [rows, D] of the patches, after one of the class token where there is room for it.
+
+    `with_bias` adds the bias of the patch projection, for models whose projection has none.
+    """
     vit, base, count = encoder.vit, encoder.config.grid, form.grid**2
     if encoder.config.positions is Positions.learned:
         own = encoder.tensor("positions")
@@ -62,6 +65,8 @@ def positions(encoder: Encoder, form: Form, rows: int) -> Tensor:
         # The class token has none, which is to say zero.
         before = torch.zeros(rows - count, vit.embed_dim)
         table = sincos_positions(form.grid, base, vit.embed_dim, torch.device("cpu"), torch.float32)
+    if with_bias and "patch.bias" in encoder.shapes():
+        table = table + encoder.tensor("patch.bias")
     together = torch.cat([before, table])
     assert len(together) == rows
     return together

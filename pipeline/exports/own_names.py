@@ -44,7 +44,8 @@ def _tensors(encoder: Encoder, form: Form, config: ViTConfig) -> list[Promised]:
     shapes = {name: tuple(parameter.shape) for name, parameter in target.named_parameters()}
     makers = {name: partial(encoder.tensor, name) for name in shapes} | {"patch.weight": partial(kernel, encoder, form)}
     if "positions" in shapes:
-        makers["positions"] = partial(positions, encoder, form, rows=shapes["positions"][0])
+        rows, with_bias = shapes["positions"][0], "patch.bias" not in shapes
+        makers["positions"] = partial(positions, encoder, form, rows, with_bias=with_bias)
     return [Promised(name, shape, makers[name]) for name, shape in shapes.items()]
 
 

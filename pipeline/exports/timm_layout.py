@@ -83,9 +83,9 @@ def tensors(encoder: Encoder, form: Form) -> list[Promised]:
     makers |= {
         _CLASS: partial(encoder.tensor, "class_token"),
         _KERNEL: partial(kernel, encoder, form),
-        _POSITIONS: lambda: positions(encoder, form, rows=shapes[_POSITIONS][1])[None],
+        _POSITIONS: lambda: positions(encoder, form, shapes[_POSITIONS][1], with_bias=_BIAS not in shapes)[None],
     }
-    if "patch.bias" in encoder.shapes():
+    if _BIAS in shapes:
         makers[_BIAS] = partial(encoder.tensor, "patch.bias")
     if differing := shapes.keys() ^ makers.keys():
         raise ValueError(

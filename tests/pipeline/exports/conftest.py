@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline import distributed
 from pipeline.checkpoint_files import publish, seal, temporary_of
@@ -85,9 +86,13 @@ def disturb(parameters: Iterable[torch.Tensor], seed: int) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def disturbed(training: TrainConfig) -> Method:
+def disturbed(training: TrainConfig, *, folded: bool = False) -> Method:
+    """Return the method of a run; `folded`: as if it had started from weights whose pixels are normalized otherwise."""
     torch.manual_seed(0)
-    method = build_method(training.method, ViT(training.model, 0))
+    vit = ViT(training.model, 0)
+    if folded:
+        vit.patch.bias = nn.Parameter(torch.zeros(vit.embed_dim))
+    method = build_method(training.method, vit)
     disturb(method.parameters(), 1)
     for average in method.momentum_encoders():
         average.update(0.0)
@@ -129,12 +134,13 @@ def make_run() -> Callable[[Path, list[str], Path], SavedRun]:
 def save_run(tmp_path_factory: pytest.TempPathFactory, words_of: Callable[..., list[str]]) -> Callable[..., SavedRun]:
     """Return a function that saves a run of a method, with further words of `coldpress train`."""
 
-    def save(method: str, *more: str) -> SavedRun:
+    def save(method: str, *more: str, folded: bool = False) -> SavedRun:
         scratch = tmp_path_factory.mktemp("run")
         words = words_of(method, *more)
         training: TrainConfig = load("train", words)
         device = distributed.start().device
-        engine = build_engine(disturbed(training), training.engine, training.optim, local_batch=8, device=device)
+        disturbed_method = disturbed(training, folded=folded)
+        engine = build_engine(disturbed_method, training.engine, training.optim, local_batch=8, device=device)
         engine.save(scratch / "written")
         return as_run(scratch / "runs", words, scratch / "written")
 

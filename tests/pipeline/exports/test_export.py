@@ -124,9 +124,13 @@ def test_onnx_is_asked_for_by_name(simclr, monkeypatch: pytest.MonkeyPatch, caps
     assert "needs onnx and onnxscript; say `pip install coldpress[onnx]`, or take format=timm." in said
 
 
-def test_nothing_is_overwritten(simclr, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten(
+    simclr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = write(simclr, tmp_path / "here")
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    # Said before anything is written, which may take a while.
+    monkeypatch.setattr("pipeline.exports.timm_folder.write_tensors", None)
     said = refused(simclr.runs, capsys, f"output={output}", "encoder=online")
     assert said == f"coldpress: output: {output} exists; delete it, or give another output=DIR.\n"
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
@@ -204,13 +208,29 @@ def test_another_patch_size_by_our_names_is_the_same_to_the_bit(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """MoCo's positions are a formula, SimCLR's are learned here."""
-    saved, images = request.getfixturevalue(run), torch.randn(3, 3, 48, 48)
-    model = loaded(write(saved, tmp_path / "x", "format=safetensors", "patch_size=12", "image_size=48"), monkeypatch)[
-        "model"
-    ]
+    saved, images = request.getfixturevalue(run), torch.randn(3, 3, 60, 60)
+    folder = write(saved, tmp_path / "x", "format=safetensors", "patch_size=12", "image_size=60")
+    model = loaded(folder, monkeypatch)["model"]
     with torch.no_grad():
         features = model(images, Compression(), torch.arange(3))
     assert torch.equal(features, saved.features("representation", images, 12))
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_a_bias_that_came_with_weights_is_kept(
+    save_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """CLIP's projection has none, and gets one where its normalization of pixels is folded into it."""
+    words = ("model.name=vit_base_patch16_clip_224", "model.positions=learned", "method.freeze_patch_projection=false")
+    saved, images = save_run("moco", *words, folded=True), torch.randn(3, 3, 32, 32)
+    for which in ("online", "momentum"):
+        method = networks(saved.training, saved.checkpoint)
+        encoder = method.encoder if which == "online" else method.momentum_encoders()[0].network["encoder"]
+        assert encoder.patch.bias.abs().max() > 0.05
+        model = loaded(write(saved, tmp_path / which, f"format={format}", f"encoder={which}"), monkeypatch)["model"]
+        with torch.no_grad():
+            features = model(images) if format == "timm" else model(images, Compression(), torch.arange(3))
+        torch.testing.assert_close(features, saved.features(which, images), atol=1e-5, rtol=0)
 
 
 def test_weights_in_timms_names_are_those_of_the_encoder_to_the_bit(simclr, tmp_path: Path) -> None:
@@ -246,13 +266,17 @@ def test_exports_of_a_run_have_places_of_their_own(copy: Path) -> None:
 
 def test_what_the_card_says(copy: Path, tmp_path: Path, drawn_shards: Path) -> None:
     result = {
+        "protocol": "knn",
         "checkpoint": "step_00000005",
         "support": {"shards": str(drawn_shards), "samples": 39},
         "queries": {"shards": str(drawn_shards), "samples": 9},
         "top1": {"10": 0.5, "20": 0.625},
+        "interval": {"20": [0.3, 0.9]},
     }
+    linear = {"protocol": "linear", "top1": {"cls": 0.75}, "interval": {"cls": [0.5, 0.9]}}
     (copy / "r" / "eval").mkdir()
     (copy / "r" / "eval" / "knn-step_00000005.json").write_text(json.dumps(result))
+    (copy / "r" / "eval" / "linear-cls-step_00000005.json").write_text(json.dumps(result | linear))
     (copy / "r" / "eval" / "knn-step_00000004.json").write_text(json.dumps(result | {"top1": {"10": 0.11}}))
     environment = {"packages": {"torch": "2.11.0"}, "command": ["/home/somebody/bin/coldpress"]}
     (copy / "r" / "environment.json").write_text(json.dumps(environment))
@@ -266,7 +290,9 @@ def test_what_the_card_says(copy: Path, tmp_path: Path, drawn_shards: Path) -> N
         "| budget | 10 steps, batches of 8 |",
         "| checkpoint | step 5, 50.0% of the budget |",
         "| 0.0% to 40.0% | 16 | 0.5 | 0 of 4 |",
-        "| knn, k = 20 | 9 of shards | 62.50% |",
+        "| k-NN, k = 10 | 9 of shards | 50.00% |",
+        "| k-NN, k = 20 | 9 of shards | 62.50% (30.00% to 90.00%) |",
+        "| linear, cls | 9 of shards | 75.00% (50.00% to 90.00%) |",
         "| torch | 2.11.0 |",
     ):
         assert line in card, line
