@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
@@ -35,7 +36,7 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
 
 
 def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequest, watchdog: Watchdog) -> int:
-    directory = distributed.on_main(lambda: RunDirectory(config))
+    directory = distributed.on_main(lambda: _look(config))
     parts = build(config, world)
     if directory is not None:
         directory.clear()
@@ -120,6 +121,12 @@ def train(
     return 0 if finished else stop.exit_code
 
 
+def _look(config: TrainConfig) -> RunDirectory:
+    """Return the run's directory, untouched; refuse what it, or the machine, has no place for."""
+    config.monitor.check_installed()
+    return RunDirectory(config)
+
+
 def _probe(parts: Parts, world: World, state: TrainState, meter: Meter, sinks: MetricSink) -> float:
     """Report and return the k-NN accuracy of the representation. Every process must call this."""
     with meter.paused():
@@ -161,6 +168,7 @@ def _open_sinks(config: TrainConfig, world: World, state: TrainState, heartbeat:
         world_size=world.size,
         resume_step=state.step,
         live=heartbeat.live,
+        settings=asdict(config),
     )
 
 
