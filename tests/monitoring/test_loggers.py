@@ -124,6 +124,16 @@ def test_wandb_has_one_offline_run_however_many_lives(tmp_path: Path) -> None:
     assert rows[0]["_timestamp"] == pytest.approx(written[0]["time"], abs=0.5)
 
 
+def test_wandb_repeats_long_histories_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setattr("monitoring.wandb.REPEATED", 4)
+    live(tmp_path / "a", range(1, 21), 0)
+    live(tmp_path / "a", range(21, 22), 20, wandb="offline")
+    rows = wandb_rows(tmp_path / "a")
+    assert [row["_step"] for row in rows] == [1, 4, 6, 12, 18, 21]
+    assert rows[1]["knn_top1_ratio"] == 0.5
+
+
 def test_another_run_of_the_name_has_another_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run_id = importlib.import_module("monitoring.wandb").run_id
