@@ -41,7 +41,8 @@ class Life:
             self.first_step = self.last_step = int(started[1])
         elif report := _REPORT.match(text):
             self.last_step = max(self.last_step, int(report[1]))
-            self.steps[int(report[1])] = when
+            # The first line that tells of it: a later one tells of a probe or a save.
+            self.steps.setdefault(int(report[1]), when)
         elif ended := _END.match(text):
             self.last_step, self.end = int(ended[2]), text
         elif level == "ERROR":
