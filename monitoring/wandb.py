@@ -16,6 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class WandbSink:
             mode="offline" if offline else "online",
             # An offline run cannot know whether there is one.
             resume=None if offline else "allow",
-            config=json.loads(json.dumps(settings, default=str)),
+            config=json.loads(json.dumps(settings, default=_plain)),
             settings=_settings(),
         )
         if offline:
@@ -83,6 +84,10 @@ def run_id(directory: Path, run: str) -> str:
         temporary.write_text(f"{name}-{secrets.token_hex(4)}\n")
         os.replace(temporary, path)
     return path.read_text().strip()
+
+
+def _plain(value: object) -> str:
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 def _settings() -> wandb.Settings:

@@ -113,7 +113,7 @@ def shares(names: Sequence[str], values: Sequence[float], labels: Sequence[str])
 
 
 def _draw(axis: Axes, line: Line, look: Look, color: str, dashes: Any) -> None:
-    x, y = (line.x, line.y) if look.steps else thinned(line.x, line.y)
+    x, y = (turns if look.steps else thinned)(line.x, line.y)
     kwargs = {"label": line.name, "color": color, "linestyle": dashes, "linewidth": 1.4}
     # A single number between gaps would be invisible as a line.
     if look.marks or len(x) < LONELY:
@@ -147,6 +147,12 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Se
         return x, y
     blocks = range(0, len(x), size)
     return [_mean(x[i : i + size]) for i in blocks], [_mean(y[i : i + size]) for i in blocks]
+
+
+def turns(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return a curve of values that hold with both its ends and the points at which a value changes."""
+    kept = [i for i, value in enumerate(y) if i in (0, len(y) - 1) or value != y[i - 1]]
+    return [x[i] for i in kept], [y[i] for i in kept]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -140,21 +140,19 @@ def _probes(points: Sequence[Point], rows: Sequence[Row]) -> list[Accuracy]:
     if not points:
         return []
     steps = [point["step"] for point in points]
+    asked = sorted(step for step, top1 in found.items() if math.isfinite(top1))
 
-    def at(step: float, value: Callable[[Point], float]) -> float:
-        return float(np.interp(step, steps, [value(point) for point in points]))
+    def at(value: Callable[[Point], float]) -> list[float]:
+        return [float(each) for each in np.interp(asked, steps, [value(point) for point in points])]
 
-    return [
-        Accuracy(
-            top1,
-            at(step, lambda p: p["budget_spent"]),
-            at(step, lambda p: p.seconds),
-            at(step, lambda p: p.totals["samples_total"]),
-            at(step, lambda p: p.totals["cost_total"]),
-        )
-        for step, top1 in sorted(found.items())
-        if math.isfinite(top1)
-    ]
+    places = zip(
+        at(lambda p: p["budget_spent"]),
+        at(lambda p: p.seconds),
+        at(lambda p: p.totals["samples_total"]),
+        at(lambda p: p.totals["cost_total"]),
+        strict=True,
+    )
+    return [Accuracy(found[step], *place) for step, place in zip(asked, places, strict=True)]
 
 
 def _phases(points: Sequence[Point]) -> dict[str, float]:

@@ -99,7 +99,8 @@ def same_accuracy(records: Sequence[Record]) -> str:
         html.paragraph(
             f"What each run had spent when its online k-NN first reached {percent(accuracy)}, the highest that all "
             f"have reached; between two probes the line is taken, and ratios are to {records[0].name}. Training time "
-            "is without the pauses between lives. Probes see few samples: differences of some percent are noise."
+            "is without the pauses between lives. Who was there at the first probe spent at most that. Probes see few "
+            "samples: differences of some percent are noise."
         ),
         html.table(head, rows),
     )

@@ -75,7 +75,8 @@ def saved(record: Record) -> str:
         html.paragraph(
             "A token that is not processed is time that is not spent. Promised: the cost of an image with nothing "
             "compressed or frozen over its cost in the stage, by the formula. Realized: images a second over those of "
-            "this run's own stage without compression and freezing (medians of reports)."
+            "this run's own stage without compression and freezing (medians of reports). More than the promise is what "
+            "the formula leaves out, attention above all, or another load on the machine."
         ),
         html.paragraph(_verdict(record)),
         html.table(head, rows),

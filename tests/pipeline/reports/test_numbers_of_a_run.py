@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reports.charts import POINTS, thinned
+from pipeline.reports.charts import POINTS, thinned, turns
 from pipeline.reports.history import Accuracy, History, read_history
 from pipeline.reports.lives import BROKEN_OFF, losses, read_lives
 from pipeline.reports.numbers import amount, seconds_text
@@ -176,6 +176,11 @@ def test_long_curves_are_means_of_neighbors() -> None:
     x, y = thinned(range(3 * POINTS), [1.0, 2.0, math.nan] * POINTS)
     assert (len(x), list(x[:2]), set(y)) == (POINTS, [1, 4], {1.5})
     assert math.isnan(thinned([0.0] * 2 * POINTS, [math.nan] * 2 * POINTS)[1][0])
+
+
+def test_steps_keep_every_turn_and_both_ends() -> None:
+    assert turns([0, 1, 2, 3, 4], [7, 7, 8, 8, 8]) == ([0, 2, 4], [7, 8, 8])
+    assert turns([], []) == ([], [])
 
 
 @pytest.mark.parametrize(
