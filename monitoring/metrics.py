@@ -36,6 +36,26 @@ def _driver_counter(name: str, text: str, *labels: str) -> Metric:
 # Terms of a loss by name: they go while the run goes on.
 TERMS = "loss_tap"
 
+# What a process does, as its host sees it: a GPU may still be busy with what was entered before.
+PHASES = {
+    "start": "at its start, before the first step",
+    "data": "waiting for a batch",
+    "tune": "choosing a compression",
+    "forward": "in forwards",
+    "backward": "in backwards",
+    "step": "averaging gradients and updating weights",
+    "report": "between steps: counting, reporting, agreeing",
+    "probe": "in k-NN probes",
+    "save": "in saves that training waited for",
+    "end": "at its end",
+}
+
+
+def seconds_in(phase: str) -> str:
+    """Return the name of the time spent in a phase."""
+    return f"phase_{phase}_seconds_total"
+
+
 _METRICS = (
     # How far the run has come.
     _gauge("step", "Optimizer steps of the run, earlier lives included."),
@@ -49,6 +69,7 @@ _METRICS = (
     _counter("cost_total", "Cost of all processes together; a unit is one forward of the uncompressed sequence"),
     _counter("nominal_cost_total", "Cost as the paper's formula counts it: lengths not rounded, nothing frozen"),
     _counter("flops_total", "Model FLOPs of the steps of all processes together, forward and backward"),
+    _counter("uncompressed_cost_total", "Cost of the same samples with nothing compressed and nothing frozen"),
     _counter("skipped_steps_total", "Steps that changed nothing because loss or gradient was not finite"),
     _counter("tuning_cost_total", "Cost of measuring which compression is best, a part of the cost above"),
     _counter("tuning_moves_total", "Changes of the compression that measurements led to"),
@@ -62,6 +83,7 @@ _METRICS = (
     _counter("recompiles_total", "Graphs that this process compiled during training, for shapes that no plan told of"),
     _gauge("data_wait_ratio", "Share of the log interval that this process waited for its next batch."),
     _counter("data_wait_seconds_total", "Time that this process waited for its next batch"),
+    *(_counter(seconds_in(phase), f"Time of the main process's thread {what}") for phase, what in PHASES.items()),
     _counter("bad_samples_total", "Samples found broken and replaced by others, by all processes together"),
     _gauge("gpu_memory_bytes", "Memory that tensors of this process occupy on its GPU."),
     _gauge("gpu_memory_peak_bytes", "The most that they have occupied since the process started."),

@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("pipeline.plan", "what a training run would do and cost; runs nothing"),
     "train": ("pipeline.train", "pre-train, or go on where the run was stopped"),
     "doctor": ("pipeline.doctor", "machine, disks, shards, and a run in small, before a run is started"),
+    "status": ("pipeline.status", "where every run is, which have gone silent, and why others ended"),
+    "report": ("pipeline.report", "a page of a run, or of several side by side"),
     "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
     "export": ("pipeline.export", "a run's encoder for timm, PyTorch or ONNX, with a model card"),
     "analyze": (

@@ -31,6 +31,8 @@ ROOTS: dict[str, tuple[str, str]] = {
     "doctor": (RUNS, "DoctorConfig"),
     "evaluate": ("pipeline.evaluate", "EvaluateConfig"),
     "export": ("pipeline.export", "ExportConfig"),
+    "status": ("pipeline.status", "StatusConfig"),
+    "report": ("pipeline.report", "ReportConfig"),
     "analyze": (RUNS, "AnalyzeConfig"),
     "compare": (RUNS, "CompareConfig"),
     "compare-freezing": (RUNS, "CompareFreezingConfig"),
@@ -71,6 +73,15 @@ def show(command: str, overrides: list[str]) -> str:
 def to_yaml(config: object) -> str:
     """Return a dataclass config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return what a YAML file maps, nothing if it is missing, damaged or something else."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception:  # of the file system, of OmegaConf, or of PyYAML, which has a door of its own
+        return {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def groups_of(command: str) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from monitoring.histogram import histogram
 from monitoring.live import Live
-from monitoring.metrics import PHASE_SECONDS, STEP_SECONDS
+from monitoring.metrics import PHASE_SECONDS, STEP_SECONDS, seconds_in
 
 RECENT_STEPS = 100
 FILE_SECONDS = 5.0
@@ -68,6 +68,8 @@ class Heartbeat:
         self._began = time.monotonic()
         self._steps = 0
         self._thread = threading.get_ident()
+        # Of this life, up to the last change of phase.
+        self._seconds = dict.fromkeys(Phase, 0.0)
         # Of the step that is under way; a phase may be entered more than once.
         self._parts = dict.fromkeys(PARTS, 0.0)
         self._durations = (histogram(PHASE_SECONDS), histogram(STEP_SECONDS))
@@ -76,6 +78,7 @@ class Heartbeat:
     def begin(self, step: int) -> None:
         """Begin the step after `step` steps; it waits for its batch."""
         self._began = time.monotonic()
+        self._leave(self._began)
         self.place = Place(self.place.entered + 1, Phase.data, self._began, step)
 
     def enter(self, phase: Phase) -> None:
@@ -94,6 +97,10 @@ class Heartbeat:
         self._count(now)
         self.place = Place(self.place.entered + 1, Phase.report, now, step)
 
+    def totals(self) -> dict[str, float]:
+        """Return the seconds spent in each phase since the process started, by names of the catalogue."""
+        return {seconds_in(phase.value): seconds for phase, seconds in self._seconds.items()}
+
     def live(self) -> Live | None:
         """Return what the process says at this moment; None if it says nothing."""
         place = self.place
@@ -106,9 +113,10 @@ class Heartbeat:
         return Live(place.phase.value, numbers, self._durations)
 
     def _leave(self, now: float) -> None:
-        phase = self.place.phase
+        phase, seconds = self.place.phase, now - self.place.since
+        self._seconds[phase] += seconds
         if phase in self._parts:
-            self._parts[phase] += now - self.place.since
+            self._parts[phase] += seconds
 
     def _count(self, now: float) -> None:
         self._durations[1].observe(now - self._began)
@@ -128,6 +136,10 @@ class Unwatched(Heartbeat):
 
     def finish(self, step: int) -> None:
         """Do nothing."""
+
+    def totals(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
 
     def live(self) -> Live | None:
         """Return nothing."""

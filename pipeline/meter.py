@@ -36,6 +36,7 @@ class Meter:
                 "cost_total",
                 "nominal_cost_total",
                 "flops_total",
+                "uncompressed_cost_total",
                 "data_wait_seconds_total",
                 "skipped_steps_total",
                 "recompiles_total",
@@ -48,6 +49,7 @@ class Meter:
         self._paused = 0.0
         self._reported = dict(self.totals)
         self._start_progress: float | None = None
+        self._uncompressed = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -63,12 +65,14 @@ class Meter:
         """Count one step; `data_wait` is the loader's cumulative waiting time in seconds."""
         if self._start_progress is None:
             self._start_progress = plan.progress
+            self._uncompressed = self._method.uncompressed_sample_cost(plan)
         self.totals["steps_total"] += 1
         self.totals["samples_total"] += self._global_batch
         self.totals["tokens_total"] += self._global_batch * self._method.tokens(plan)
         self.totals["cost_total"] += self._global_batch * sample_cost
         self.totals["nominal_cost_total"] += self._global_batch * self._method.nominal_sample_cost(plan)
         self.totals["flops_total"] += self._processes * self._flops(plan)
+        self.totals["uncompressed_cost_total"] += self._global_batch * self._uncompressed
         self.totals["data_wait_seconds_total"] = data_wait
         self.totals["skipped_steps_total"] += not result.applied
         self.totals["recompiles_total"] = self._method.encoder.run_block.recompiles

@@ -8,17 +8,16 @@ import os
 import platform
 import shutil
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.compose import to_yaml
 from pipeline.compression import CompressionSchedule, Staged
 from pipeline.compression.schedule_file import in_line
-from pipeline.config import TrainConfig
+from pipeline.config import GROUPS, TrainConfig
+from pipeline.run_status import CONFIG_NAME
+from pipeline.status_file import State, StatusFile, read_status
 
-CONFIG_NAME = "config.yaml"
-STATUS_NAME = "status.json"
 PACKAGES = (
     "torch",
     "timm",
@@ -44,6 +43,7 @@ class RunDirectory:
         self.path = config.directory
         self._config = config
         self._log: logging.Handler | None = None
+        self._status = StatusFile(self.path)
         self._check()
 
     def clear(self) -> None:
@@ -61,25 +61,18 @@ class RunDirectory:
         (self.path / CONFIG_NAME).write_text(to_yaml(self._config))
         words = without_files(overrides, self._config.compression)
         (self.path / "overrides.yaml").write_text("".join(f"- {json.dumps(word)}\n" for word in words))
-        (self.path / "environment.json").write_text(json.dumps(_environment(), indent=1))
+        (self.path / "environment.json").write_text(json.dumps(_environment(self._config), indent=1))
         self._log = _log_to(self.path / "train.log")
 
-    def status(self, state: str, step: int) -> None:
+    def status(self, state: State, step: int) -> None:
         """Say what the run is doing: running, stopped or finished."""
-        content = json.dumps({"state": state, "step": step, "time": time.time()})
-        temporary = self.path / f".{STATUS_NAME}.tmp"
-        try:
-            temporary.write_text(content)
-            os.replace(temporary, self.path / STATUS_NAME)
-        except OSError as error:
-            # On a full disk there are worse things to say.
-            log.warning("%s: %s; it says what was before", self.path / STATUS_NAME, error.strerror)
+        self._status.say(state, step)
 
     def failed(self, step: int, reason: Exception) -> None:
         """Say what ended the run, in its log, too: the console is told by whoever ends the process."""
         if self._log is not None:
             self._log.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": str(reason)}))
-        self.status("failed", step)
+        self._status.say(State.failed, step, str(reason))
 
     def _check(self) -> None:
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -94,9 +87,9 @@ class RunDirectory:
 
 
 def state_of(directory: Path) -> str:
-    """Return what a run was doing when it last said so: running, stopped, finished or failed; nothing before."""
+    """Return what a run was doing when it last said so: running, stopped, hung, finished or failed; nothing before."""
     try:
-        return str(json.loads((directory / STATUS_NAME).read_text())["state"])
+        return read_status(directory).state.value
     except OSError:
         return ""
 
@@ -128,15 +121,22 @@ def without_files(overrides: list[str], compression: CompressionSchedule) -> lis
     ]
 
 
-def _environment() -> dict[str, object]:
+def _environment(config: TrainConfig) -> dict[str, object]:
     slurm = {k: v for k, v in os.environ.items() if k.startswith("SLURM_")}
     return {
         "python": sys.version,
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
         "command": sys.argv,
+        "choices": _choices(config),
         "slurm": slurm,
     }
+
+
+def _choices(config: TrainConfig) -> dict[str, str]:
+    """Return the option of each group: config.yaml has only their keys."""
+    names = {kind: name for options in GROUPS.values() for name, kind in options.items()}
+    return {group: names[type(getattr(config, group))] for group in GROUPS}
 
 
 class _LogFile(logging.FileHandler):

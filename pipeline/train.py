@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 from monitoring.sinks import MetricSink, build_sinks
 from pipeline import distributed
@@ -19,6 +20,7 @@ from pipeline.prewarm import prewarm
 from pipeline.run_directory import RunDirectory
 from pipeline.schedules import StepPlan
 from pipeline.skips import SkippedSteps
+from pipeline.status_file import State
 from pipeline.training_engine import StepResult
 from pipeline.watchdog import Watchdog
 
@@ -35,13 +37,14 @@ def run(config: TrainConfig, overrides: list[str]) -> int:
 
 
 def _run(config: TrainConfig, overrides: list[str], world: World, stop: StopRequest, watchdog: Watchdog) -> int:
-    directory = distributed.on_main(lambda: RunDirectory(config))
+    directory = distributed.on_main(lambda: _look(config))
     parts = build(config, world)
     if directory is not None:
         directory.clear()
     state = parts.checkpointer.restore(parts.engine) or TrainState()
     if directory is not None:
         directory.open(overrides)
+        directory.status(State.running, state.step)
     watchdog.open(config.directory / "heartbeats")
     _announce(config, world, parts, state)
     try:
@@ -92,7 +95,7 @@ def train(
         heartbeat.finish(state.step)
 
         if state.step % config.log_every == 0 or finished:
-            sinks.write(state.step, _metrics(parts, meter, state, plan, result))
+            sinks.write(state.step, _metrics(parts, meter, state, plan, result) | heartbeat.totals())
 
         # A save is written beside the training: first by all processes, then published by the main one.
         probing, saving, stopping, save_busy, save_failed = distributed.any_rank(
@@ -110,14 +113,20 @@ def train(
             heartbeat.enter(Phase.save)
             with meter.paused():
                 _report(sinks, state, parts.checkpointer.save(parts.engine, state, progress, accuracy))
-            _say(directory, "running", state)
+            _say(directory, State.running, state)
         if stopping:
             break
 
     _finish_saving(parts.checkpointer, state, sinks, heartbeat)
-    _say(directory, "finished" if finished else "stopped", state)
+    _say(directory, State.finished if finished else State.stopped, state)
     log.info("%s at step %d%s", "finished" if finished else "stopped, saved", state.step, stop.after())
     return 0 if finished else stop.exit_code
+
+
+def _look(config: TrainConfig) -> RunDirectory:
+    """Return the run's directory, untouched; refuse what it, or the machine, has no place for."""
+    config.monitor.check_installed()
+    return RunDirectory(config)
 
 
 def _probe(parts: Parts, world: World, state: TrainState, meter: Meter, sinks: MetricSink) -> float:
@@ -161,6 +170,7 @@ def _open_sinks(config: TrainConfig, world: World, state: TrainState, heartbeat:
         world_size=world.size,
         resume_step=state.step,
         live=heartbeat.live,
+        settings=asdict(config),
     )
 
 
@@ -184,7 +194,7 @@ def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState
     log.info("resumed at step %d" if state.step else "starting at step %d", state.step)
 
 
-def _say(directory: RunDirectory | None, status: str, state: TrainState) -> None:
+def _say(directory: RunDirectory | None, status: State, state: TrainState) -> None:
     if directory is not None:
         directory.status(status, state.step)
 

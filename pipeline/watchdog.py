@@ -25,6 +25,7 @@ from pipeline.preemption import (
     ProcessFailedError,
     StopRequest,
 )
+from pipeline.status_file import State, StatusFile
 
 LONG = (Phase.start, Phase.probe, Phase.save, Phase.end)
 TICK = 1.0
@@ -34,6 +35,8 @@ SILENCE = 3.5
 PATIENCE = 5.0
 LAST_RESORT = 30.0
 REFUSED = 2
+# What a run is after an end that was not its own, by exit code; failed after any other.
+STATES = {EXIT_STOPPED: State.stopped, EXIT_INTERRUPTED: State.stopped, EXIT_HUNG: State.hung}
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._awake = 0.0
         self._stacks: Path | None = None
+        self._status: StatusFile | None = None
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -86,9 +90,10 @@ class Watchdog:
         return self
 
     def open(self, directory: Path) -> None:
-        """Keep heartbeat and stacks there from now on."""
+        """Keep heartbeat and stacks there from now on; the main process says above it what ended the run."""
         directory.mkdir(parents=True, exist_ok=True)
         self._stacks = directory / f"stacks_{self._rank:05d}.txt"
+        self._status = StatusFile(directory.parent) if self._rank == 0 else None
         path = directory / f"rank_{self._rank:05d}.json"
         file = HeartbeatFile(path, self.heartbeat, self._rank, self._ending)
         file.start()
@@ -107,7 +112,7 @@ class Watchdog:
         self._thread.join()
         try:
             if isinstance(error, KeyboardInterrupt):
-                self._peers.fail(Failure(self._rank, EXIT_INTERRUPTED, "interrupted", by=self._rank))
+                self._say(self._peers.fail(Failure(self._rank, EXIT_INTERRUPTED, "interrupted", by=self._rank)))
             elif isinstance(error, Exception):
                 self._explain(error)
         finally:
@@ -116,6 +121,7 @@ class Watchdog:
     def _explain(self, error: Exception) -> None:
         """Raise what is to be said instead of an error, if not the error itself."""
         failure = self._origin(error)
+        self._say(failure)
         if failure.by != self._rank:
             raise PeerFailedError(failure.code) from None
         if failure.rank != self._rank:
@@ -213,8 +219,15 @@ class Watchdog:
             elif failure.by == self._rank:
                 log.error("%s", failure.text)
             self._peers.leave(PATIENCE)
+            # The last thing: a file system may be what hangs.
+            self._say(failure)
         finally:
             os._exit(failure.code)
+
+    def _say(self, failure: Failure) -> None:
+        if self._status is not None:
+            state = STATES.get(failure.code, State.failed)
+            self._status.say(state, self.heartbeat.place.step, failure.text)
 
     def _main_thread_leaves(self) -> bool:
         end = time.monotonic() + PATIENCE

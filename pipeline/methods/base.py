@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar, Protocol
 
@@ -158,6 +158,12 @@ class Method(nn.Module):
             for each in self.forwards(plan)
         )
         return float(total / Fraction(vit.reference_length))
+
+    def uncompressed_sample_cost(self, plan: StepPlan) -> float:
+        """Return what a sample would cost with nothing compressed and nothing frozen."""
+        whole = Compression()
+        learning = tuple(1.0 for _ in plan.layer_rates)
+        return self.sample_cost(replace(plan, query=whole, key=self.key_compression(whole), layer_rates=learning))
 
     def lengths(self, plan: StepPlan) -> tuple[int, int]:
         """Return the sequence lengths of a query's and a key's forward; a method without keys has 0 of them."""

@@ -69,6 +69,7 @@ def test_cost_is_counted_by_real_tokens_and_by_the_papers_formula(
     # 17 tokens, 9 of them kept in the query; one of three blocks is frozen. The formula keeps 8.5 and freezes none.
     assert meter.totals["cost_total"] == pytest.approx(2 * 8 * ((3 - 2 / 3) * 9 + 17) / 17)
     assert meter.totals["nominal_cost_total"] == pytest.approx(2 * 8 * (3 * 8.5 + 17) / 17)
+    assert meter.totals["uncompressed_cost_total"] == pytest.approx(2 * 8 * 4)
     assert meter.totals["tokens_total"] == 2 * 8 * (9 + 17)
     assert meter.totals["skipped_steps_total"] == 1
 

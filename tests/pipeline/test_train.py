@@ -419,7 +419,8 @@ def test_too_many_skipped_steps_in_a_row_are_one_sentence_and_a_list_of_samples(
     assert rows[-1]["step"] == step - 1
     assert rows[-1]["skipped_steps_total"] == 2
     assert rows[0]["grad_norm_heads"] > 0
-    assert json.loads((life.directory / "status.json").read_text())["state"] == "failed"
+    status = json.loads((life.directory / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", sentence)
     # Who looks at the run a day later has no console.
     assert (life.directory / "train.log").read_text().splitlines()[-1].endswith(f" ERROR {sentence}")
 

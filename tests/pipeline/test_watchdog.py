@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from monitoring.metrics import check
 from pipeline.heartbeat import RECENT_STEPS, UNWATCHED, Heartbeat, Phase, Report
 from pipeline.preemption import EXIT_HUNG, EXIT_STOPPED
+from pipeline.status_file import State, read_status
 from pipeline.watchdog import LONG, WatchdogConfig, _behind
 
 REPOSITORY = Path(__file__).parents[2]
@@ -140,6 +142,9 @@ def test_a_hang_is_named_by_every_process(culprit: int, start: Start, tmp_path: 
         assert "program.py" in stacks.read_text()
         assert "Thread" in stacks.read_text()
     assert "any_rank" in (tmp_path / "heartbeats" / f"stacks_{1 - culprit:05d}.txt").read_text()
+    status = read_status(tmp_path)
+    assert (status.state, status.step) == (State.hung, 5)
+    assert f"process {culprit} (pid" in status.reason
 
 
 def test_a_process_alone_that_hangs_ends(start: Start) -> None:
@@ -185,7 +190,7 @@ def test_what_is_slow_but_alive_is_left_alone(phase: str, start: Start) -> None:
     ],
 )
 def test_an_error_of_one_process_is_said_once(
-    error: str, code: int, traceback: bool, culprit: int, start: Start
+    error: str, code: int, traceback: bool, culprit: int, start: Start, tmp_path: Path
 ) -> None:
     job = start(2, at(culprit, f"raise {error}"))
     job.wait_for("there")
@@ -198,6 +203,8 @@ def test_an_error_of_one_process_is_said_once(
     assert text.count("the dog ate it") == 1, said
     assert ("Traceback" in said[culprit]) is traceback
     assert said[1 - culprit].strip() == "", said
+    assert read_status(tmp_path).state is State.failed
+    assert "the dog ate it" in read_status(tmp_path).reason
 
 
 def test_an_error_of_all_processes_is_said_once(start: Start) -> None:
@@ -207,7 +214,7 @@ def test_an_error_of_all_processes_is_said_once(start: Start) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_is_named_once(victim: int, start: Start) -> None:
+def test_a_process_that_is_killed_is_named_once(victim: int, start: Start, tmp_path: Path) -> None:
     job = start(2, at(victim, "os.kill(os.getpid(), signal.SIGKILL)"))
     codes, said = job.end()
     assert codes[victim] == -signal.SIGKILL
@@ -217,6 +224,11 @@ def test_a_process_that_is_killed_is_named_once(victim: int, start: Start) -> No
     assert "it was killed, or its node is lost" in said[1 - victim]
     assert "Traceback" not in said[1 - victim]
     assert "frame #" not in said[1 - victim]
+    # Nobody speaks for a main process that was killed; `coldpress status` hears its silence.
+    assert (tmp_path / "status.json").exists() is (victim == 1)
+    if victim:
+        assert read_status(tmp_path).state is State.hung
+        assert "process 1 " in read_status(tmp_path).reason
 
 
 def test_a_signal_inside_a_collective_ends_all_within_the_bound(start: Start) -> None:
@@ -233,7 +245,7 @@ def test_a_signal_inside_a_collective_ends_all_within_the_bound(start: Start) ->
         assert "the run was asked to leave, and has watchdog.stop_seconds=2" in words
 
 
-def test_a_signal_in_a_long_start_is_no_hang(start: Start) -> None:
+def test_a_signal_in_a_long_start_is_no_hang(start: Start, tmp_path: Path) -> None:
     job = start(2, "heartbeat.enter(Phase.start)\n" + at(1, "time.sleep(1000)"), config="stop_seconds=2")
     job.wait_for("there")
     for process in job.processes:
@@ -242,6 +254,7 @@ def test_a_signal_in_a_long_start_is_no_hang(start: Start) -> None:
     assert codes == [EXIT_STOPPED, EXIT_STOPPED], said
     assert "\n".join(said).count("asked to leave before the first step: there is nothing to save") == 1
     assert "hangs" not in "\n".join(said)
+    assert read_status(tmp_path).state is State.stopped
 
 
 def test_a_second_ctrl_c_leaves_a_collective(start: Start) -> None:
@@ -342,6 +355,36 @@ def test_every_phase_of_a_step_is_counted_once_a_step(monkeypatch: pytest.Monkey
     assert live.numbers["phases_total"] == heartbeat.place.entered == 27
 
 
+def test_the_seconds_of_a_life_are_those_of_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [7.0]
+    monkeypatch.setattr("pipeline.heartbeat.time.monotonic", lambda: now[0])
+    heartbeat = Heartbeat()
+    now[0] += 20
+    for step in range(2):
+        heartbeat.begin(step)
+        for seconds, phase in ((1, Phase.forward), (2, Phase.backward), (4, Phase.step)):
+            now[0] += seconds
+            heartbeat.enter(phase)
+        now[0] += 8
+        heartbeat.finish(step + 1)
+        now[0] += 16
+        heartbeat.enter(Phase.save)
+        now[0] += 32
+    heartbeat.enter(Phase.end)
+    totals = heartbeat.totals()
+    check(totals)
+    assert sum(totals.values()) == now[0] - 7
+    assert {name.split("_")[1]: seconds for name, seconds in totals.items() if seconds} == {
+        "start": 20,
+        "data": 2,
+        "forward": 4,
+        "backward": 8,
+        "step": 16,
+        "report": 32,
+        "save": 64,
+    }
+
+
 def test_what_nobody_watches_costs_and_keeps_nothing() -> None:
     before = UNWATCHED.place
     UNWATCHED.begin(1)
@@ -349,6 +392,7 @@ def test_what_nobody_watches_costs_and_keeps_nothing() -> None:
     UNWATCHED.finish(2)
     assert UNWATCHED.place is before
     assert UNWATCHED.live() is None
+    assert UNWATCHED.totals() == {}
     heartbeat, begin = Heartbeat(), time.perf_counter()
     for _ in range(10_000):
         heartbeat.enter(Phase.forward)
