@@ -212,7 +212,7 @@ def _log_to_console() -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     # PyTorch says it at length, when the store that the processes met in has gone.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for noisy in ("deepspeed", "DeepSpeed", "matplotlib", "PIL"):
+    for noisy in ("deepspeed", "DeepSpeed", "matplotlib", "PIL", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
