@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def test_a_run_that_has_gone_silent_is_in_alarm(make_run: Make, capsys: pytest.C
     assert status(directory.parent, "run=first") == 1
     said = capsys.readouterr().out
     assert "first  ALARM" in said
-    assert "nothing heard for 7,200 s; last in backward after step 41, pid 99 on node7" in said
+    # A slow machine takes seconds to look.
+    assert re.search(r"nothing heard for 7,2\d\d s; last in backward after step 41, pid 99 on node7", said)
     # An overview is not a verdict on one run.
     assert status(directory.parent) == 0
     assert status(directory.parent, "run=first", "silent_seconds=7300") == 0

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_pages_need_neither_torch_nor_a_writable_run(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "first", course())
     words = ["report", f"runs={tmp_path}/runs", "run=first", f"output={tmp_path}/new/page.html"]
     code = f"import sys; from pipeline.cli import dispatch; dispatch({words!r}); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([shutil.which("python") or "python", "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert (tmp_path / "new" / "page.html").exists()
     assert not (tmp_path / "runs" / "first" / "report.html").exists()
 
