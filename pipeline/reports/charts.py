@@ -45,7 +45,6 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#555555",
     "axes.formatter.useoffset": False,
 }
-LONELY = 3
 _NUMBERS = FuncFormatter(lambda number, _: amount(number))
 # More points than this are drawn as means of neighbors.
 POINTS = 600
@@ -116,8 +115,8 @@ def _draw(axis: Axes, line: Line, look: Look, color: str, dashes: Any) -> None:
     x, y = (turns if look.steps else thinned)(line.x, line.y)
     kwargs = {"label": line.name, "color": color, "linestyle": dashes, "linewidth": 1.4}
     # A single number between gaps would be invisible as a line.
-    if look.marks or len(x) < LONELY:
-        kwargs |= {"marker": "o", "markersize": 3.5}
+    marked = list(range(len(y))) if look.marks else lonely(y)
+    kwargs |= {"marker": "o", "markersize": 3.5, "markevery": marked} if marked else {}
     if look.steps:
         axis.step(x, y, where="post", **kwargs)
     else:
@@ -147,6 +146,12 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Se
         return x, y
     blocks = range(0, len(x), size)
     return [_mean(x[i : i + size]) for i in blocks], [_mean(y[i : i + size]) for i in blocks]
+
+
+def lonely(y: Sequence[float]) -> list[int]:
+    """Return the places of numbers that no line leads to or from."""
+    known = [False, *map(math.isfinite, y), False]
+    return [i for i in range(len(y)) if known[i + 1] and not known[i] and not known[i + 2]]
 
 
 def turns(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:

@@ -52,7 +52,7 @@ def _losses(records: Sequence[Record], axis: _Axis) -> str:
     lines = [
         Line(r.name, [axis.of_report(point) for point in r.history.points], r.history.curve("loss")) for r in records
     ]
-    return curves(lines, Look(axis.name, "loss"))
+    return curves(lines, Look(axis.name, "loss", end=_end(records, axis)))
 
 
 def _accuracies(records: Sequence[Record], axis: _Axis) -> str:
@@ -60,8 +60,13 @@ def _accuracies(records: Sequence[Record], axis: _Axis) -> str:
         Line(r.name, [axis.of_probe(p) for p in r.history.probes], [100 * p.top1 for p in r.history.probes])
         for r in records
     ]
+    return curves(lines, Look(axis.name, "k-NN top-1 (%)", marks=True, end=_end(records, axis)))
+
+
+def _end(records: Sequence[Record], axis: _Axis) -> float:
+    """Return where the longest run is, also where its last losses are no numbers."""
     ends = [axis.of_report(record.history.last) for record in records if record.history.last]
-    return curves(lines, Look(axis.name, "k-NN top-1 (%)", marks=True, end=max(ends, default=0.0)))
+    return max((end for end in ends if math.isfinite(end)), default=0.0)
 
 
 def _warnings(record: Record) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reports.charts import POINTS, thinned, turns
+from pipeline.reports.charts import POINTS, lonely, thinned, turns
 from pipeline.reports.history import Accuracy, History, read_history
 from pipeline.reports.lives import BROKEN_OFF, losses, read_lives
 from pipeline.reports.numbers import amount, seconds_text
@@ -176,6 +176,19 @@ def test_long_curves_are_means_of_neighbors() -> None:
     x, y = thinned(range(3 * POINTS), [1.0, 2.0, math.nan] * POINTS)
     assert (len(x), list(x[:2]), set(y)) == (POINTS, [1, 4], {1.5})
     assert math.isnan(thinned([0.0] * 2 * POINTS, [math.nan] * 2 * POINTS)[1][0])
+
+
+def test_a_frozen_embedding_is_no_baseline(tmp_path: Path) -> None:
+    rows = [row(step, 0, 10, cost=4.0, frozen=int(step > 10), samples_per_second=step) for step in range(5, 45, 5)]
+    found = savings(written(tmp_path / "m", *rows))
+    assert [stage.is_whole for stage in found.stages] == [True, False]
+    assert found.whole_rate == 10
+
+
+def test_numbers_between_gaps_are_marked() -> None:
+    assert lonely([1, math.nan, 2, 3, math.nan, 4]) == [0, 5]
+    assert lonely([1]) == [0]
+    assert lonely([1, 2]) == []
 
 
 def test_steps_keep_every_turn_and_both_ends() -> None:
