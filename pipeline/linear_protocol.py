@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from pipeline.distributed import World, barrier
 from pipeline.models.vit import ViT
 from pipeline.probes.features import extract_share, resting
 from pipeline.probes.linear import Classifiers, LinearConfig, Trainer, best_of, features_of, width_of
-from pipeline.probes.scores import Scores
+from pipeline.probes.scores import MOST, Scores
+
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class LinearProtocol:
         """Learn, or go on learning, choose a rate and classify. Every process must call this."""
         with resting(self._encoder):
             self._learn()
-        chosen = self._judge(Split(self._data, self._held_out))
+        chosen = self._judge(Split(self._data, self._held_out), range(len(self._config.rates)))
         best = best_of([scores.top1 for scores in chosen])
         result = LinearResult(
-            self._judge(queries)[best],
+            self._judge(queries, [best])[0],
             self._config.rates[best],
             {rate: scores.top1 for rate, scores in zip(self._config.rates, chosen, strict=True)},
         )
@@ -124,16 +127,20 @@ class LinearProtocol:
         )
 
     @torch.no_grad()
-    def _judge(self, split: Split) -> list[Scores]:
-        """Return what each classifier gets right."""
+    def _judge(self, split: Split, numbers: Sequence[int]) -> list[Scores]:
+        """Return what the classifiers of these numbers get right."""
         features, labels = extract_share(self._encoder, split.data, split.ids, self._world, self._encode)
+        scores = [Scores.none(self._classes) for _ in numbers]
         self._classifiers.eval()
-        scores = [self._score(logits, labels) for logits in self._classifiers(features)]
+        # Logits of many classes take more memory than features.
+        for some, truth in zip(torch.split(features, CHUNK), torch.split(labels, CHUNK), strict=True):
+            logits = self._classifiers(some)
+            scores = [each + self._score(logits[n], truth) for each, n in zip(scores, numbers, strict=True)]
         self._classifiers.train()
         return [each.of_all_ranks() for each in scores]
 
     def _score(self, logits: Tensor, labels: Tensor) -> Scores:
-        return Scores.of(logits.argsort(dim=1, descending=True, stable=True), labels, self._classes)
+        return Scores.of(logits.topk(min(MOST, self._classes)).indices, labels, self._classes)
 
     def _identity(self) -> dict[str, Any]:
         config = self._config

@@ -73,8 +73,7 @@ def train(
     """Run the loop: plan, tune, step, advance; log, probe and save when due; leave when spent or asked."""
     sinks = _open_sinks(config, world, state, heartbeat)
     prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
-    peak = peak_flops(config.monitor.peak_teraflops, config.engine.precision, world.device)
-    meter = Meter(parts.method, parts.budget, config.batch_size, world.size, peak)
+    meter = _build_meter(config, world, parts)
     skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
     finished = parts.progress(state) >= 1
 
@@ -121,6 +120,11 @@ def train(
     _say(directory, State.finished if finished else State.stopped, state)
     log.info("%s at step %d%s", "finished" if finished else "stopped, saved", state.step, stop.after())
     return 0 if finished else stop.exit_code
+
+
+def _build_meter(config: TrainConfig, world: World, parts: Parts) -> Meter:
+    peak = peak_flops(config.monitor.peak_teraflops, config.engine.precision, world.device)
+    return Meter(parts.method, parts.budget, config.batch_size, world.size, peak)
 
 
 def _look(config: TrainConfig) -> RunDirectory:

@@ -123,6 +123,9 @@ class Watchdog:
         failure = self._origin(error)
         self._say(failure)
         if failure.by != self._rank:
+            if failure.hang:
+                # Woken by the end of who waited with it, before this one's own watch has followed.
+                log.error("%s; exit code %d", failure.text, failure.code)
             raise PeerFailedError(failure.code) from None
         if failure.rank != self._rank:
             raise ProcessFailedError(failure.text, failure.code) from None

@@ -201,7 +201,11 @@ requeue_without() {
     [[ $before != '(null)' ]] || before=''
     # Slurm takes the list only once the job does not run any more, and then ends this shell.
     trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID" && scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1" && exit 1
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        # Where Slurm knows none of these names the job comes back to them, as often as lives may be idle.
+        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$1"
+        exit 1
+    fi
     trap - TERM
 }
 

@@ -32,8 +32,7 @@ def knn_scores(
     this.
     """
     known, labels = F.normalize(support[0], dim=1), support[1]
-    none = torch.zeros(classes, dtype=torch.int64)
-    scores = {k: Scores(none, none, none) for k in ks}
+    scores = {k: Scores.none(classes) for k in ks}
     for features, truth in zip(torch.split(queries[0], CHUNK), torch.split(queries[1], CHUNK), strict=True):
         similarity, nearest = _nearest(known, labels, F.normalize(features, dim=1), max(ks))
         for k in ks:

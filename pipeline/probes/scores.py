@@ -34,6 +34,12 @@ class Scores:
 
         return Scores(by_class(labels >= 0), by_class(hits[:, 0]), by_class(hits.any(1)))
 
+    @staticmethod
+    def none(classes: int) -> Scores:
+        """Return those of no samples."""
+        zeros = torch.zeros(classes, dtype=torch.int64)
+        return Scores(zeros, zeros, zeros)
+
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.samples + other.samples, self.first + other.first, self.among_five + other.among_five)
 

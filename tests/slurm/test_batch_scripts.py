@@ -306,6 +306,7 @@ def test_a_job_that_finds_only_unfit_nodes_is_given_up(desk):
     ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "2"), desk.log.read_text()
     assert desk.log.read_text().count("back into the queue, to be run without n9") == 2
+    assert not os.listdir(desk.directory / "runs" / ".lives")
 
 
 def test_a_sweep_is_an_array_with_a_line_for_each_run(desk, tmp_path):
