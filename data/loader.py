@@ -23,7 +23,7 @@ from data.dali import COLORS, Decoding, ViewPipeline, probe_hardware_share
 from data.defects import Defects, find_undecodable
 from data.feed import Feed, Share
 from data.manifest import Manifest, SampleIndex
-from data.order import FixedOrder, Order, ShuffledOrder
+from data.order import FixedOrder, Order, ShuffledOrder, SubsetOrder, held_out
 from data.reader import Reader, Sample
 from data.resources import processes_here, share_of_cores, usual_prefetch
 from data.staging import Originals, Stage, needs
@@ -44,7 +44,8 @@ class LoaderConfig:
     JPEG engine decodes, 0 to 1; -1 measures at each start what is fastest, so that lives of a run may differ in the
     last bit of a pixel. max_bad_samples: how many samples that broke after sharding each process may replace in one
     life before it gives up. staging: folder on a local disk for copies of the shards that are read next; the
-    processes of a node share ``staging_gigabytes`` there.
+    processes of a node share ``staging_gigabytes`` there. held_out: share of the samples, the same ones in every run,
+    that a run does not learn from.
     """
 
     shards: str = ""
@@ -56,6 +57,7 @@ class LoaderConfig:
     max_bad_samples: int = 100
     staging: str = ""
     staging_gigabytes: float = 100.0
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "gpu"):
@@ -70,6 +72,10 @@ class LoaderConfig:
             raise ValueError(f"data.hardware_share: must be 0 to 1, or -1 to measure, not {self.hardware_share:g}.")
         if self.max_bad_samples < 0:
             raise ValueError(f"data.max_bad_samples: must be at least 0, not {self.max_bad_samples}; 0 allows none.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out: must be a share in [0, 1), not {self.held_out:g}; 0 holds nothing out.")
+        if self.held_out and self.staging:
+            raise ValueError("data.staging: must be empty with data.held_out, which leaves samples out of every shard.")
         if not self.staging_gigabytes > 0:
             raise ValueError(
                 f"data.staging_gigabytes: must be above 0, not {self.staging_gigabytes:g}; leave data.staging empty "
@@ -94,7 +100,7 @@ class Loader:
     """Batches of a sharded set, from any place in the run on.
 
     ``batch_size`` is global: rank r of R takes every R-th place of each global batch, from the r-th on. Without an
-    order the set is shuffled anew in every epoch, without end.
+    order the set, without what is held out, is shuffled anew in every epoch, without end.
     Raises ValueError for a missing or damaged set and for a batch size that ranks cannot share.
     """
 
@@ -119,7 +125,7 @@ class Loader:
         self.num_samples: int = self.manifest.samples
         self.wait_seconds = 0.0
         """Seconds the consumer has waited for batches so far."""
-        self._order: Order = ShuffledOrder(index.counts, seed) if order is None else order
+        self._order: Order = _order(config, index, seed) if order is None else order
         self._threads = config.threads or share_of_cores()
         self._prefetch = config.prefetch or usual_prefetch(batch_size // world_size, self._specs)
         self._defects = Defects(config.max_bad_samples)
@@ -148,6 +154,11 @@ class Loader:
                 images, batch_size=batch_size, device=self._pipeline_device, threads=threads, largest=largest
             )
         return Decoding(share, largest) if share >= 0 else Decoding(largest=largest)
+
+    @property
+    def order(self) -> Order:
+        """Return which sample is at which place."""
+        return self._order
 
     @property
     def bad_samples(self) -> int:
@@ -249,6 +260,16 @@ class _Flow:
 
     pipeline: ViewPipeline
     in_flight: deque[Share]
+
+
+def _order(config: LoaderConfig, index: SampleIndex, seed: int) -> Order:
+    whole = ShuffledOrder(index.counts, seed)
+    if not config.held_out:
+        return whole
+    learned, _ = held_out(len(whole), config.held_out)
+    if not len(learned):
+        raise ValueError(f"data.held_out={config.held_out:g} of {len(whole)} samples leaves none to learn from.")
+    return SubsetOrder(whole, learned)
 
 
 def _load(shards: str) -> tuple[Manifest, SampleIndex]:

@@ -21,8 +21,8 @@ _SHARDS_PER_LANE = 4  # at least, for a lane shorter than a shard would hardly b
 _SHARDS_MIXED = 32  # at least, in all lanes' windows together
 _LEAST_WINDOW = 2
 
-# Separate the hashes of shards and of samples from each other and from those of the views.
-_SHARDS, _SAMPLES = 0x736861726473, 0x73616D706C65
+# Separate the hashes of shards, of samples and of what is held out from each other and from those of the views.
+_SHARDS, _SAMPLES, _HELD_OUT = 0x736861726473, 0x73616D706C65, 0x68656C64206F7574
 
 
 def hashed(*words: int | NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -159,6 +159,16 @@ class SubsetOrder:
             here, permutation = epoch == each, self._whole.permutation(int(each))
             sample[here] = permutation[self._taken[permutation]][position[here]]
         return epoch, sample
+
+
+def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ids of a set's samples that may be learned from, and those held out, both in a random order.
+
+    The same ones for every run, whatever its seed.
+    """
+    order = np.argsort(hashed(_HELD_OUT, np.arange(samples)), kind="stable")
+    count = int(samples * share)
+    return order[count:], order[:count]
 
 
 class FixedOrder:

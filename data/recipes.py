@@ -1,8 +1,10 @@
 """The views of the published methods, as data.
 
 Sources: MoCo-v3 (Chen et al., 2021, and its code), SimCLR for ViT (the TPU code of MoCo-v3's authors), DINO (Caron
-et al., 2021), LocalMIM (Wang et al., 2023).
+et al., 2021), LocalMIM (Wang et al., 2023), fine-tuning (Touvron et al., 2021: DeiT).
 """
+
+from dataclasses import replace
 
 from data.views import ViewSpec
 
@@ -38,3 +40,9 @@ def dino_views(
 def localmim_views(size: int, crop_min: float = 0.2) -> Views:
     """Return LocalMIM's one view: bicubic crop and flip, colors as they are."""
     return (ViewSpec(size, scale=(crop_min, 1.0), jitter_probability=0.0, grayscale=0.0, interpolation="bicubic"),)
+
+
+def finetune_views(size: int, crop_min: float = 0.08, randaugment: float = 9.0) -> Views:
+    """Return the one view of supervised fine-tuning: bicubic crop, RandAugment, flip."""
+    (view,) = localmim_views(size, crop_min)
+    return (replace(view, randaugment=randaugment),)

@@ -12,19 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.order import hashed, uniforms
+from data.randaugment import draw_layers
 
 _CROP_TRIES = 10
+# Separates the hashes of RandAugment from those of all else.
+_LAYERS = 0x6C6179657273
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One augmented view: crop, color jitter, grayscale, blur, solarize, flip, in this order.
+    """One augmented view: crop, RandAugment, color jitter, grayscale, blur, solarize, flip, in this order.
 
     size: side of the square view in pixels. crop: "random" (share of the area from ``scale``, aspect ratio
     from ``ratio``) or "center" (a square of ``center_fraction`` of the shorter side). jitter: strengths of
     brightness, contrast, saturation and hue (turns), applied with ``jitter_probability``, in an order that is
     drawn too. flip, grayscale, blur, solarize: probabilities. blur_sigma in pixels. interpolation: "bilinear" or
-    "bicubic", antialiased.
+    "bicubic", antialiased. randaugment: magnitude, up to 10; 0 is none.
     """
 
     size: int
@@ -40,6 +43,7 @@ class ViewSpec:
     solarize: float = 0.0
     interpolation: str = "bilinear"
     center_fraction: float = 0.875
+    randaugment: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.size > 0, self.size
@@ -53,7 +57,7 @@ def center_view(size: int) -> ViewSpec:
 
 
 class Column(IntEnum):
-    """What each number of a parameter row means."""
+    """What each number of a parameter row means; behind them stand those of RandAugment's layers, if there are any."""
 
     TOP = 0  # crop box, in whole pixels of the decoded image
     LEFT = 1
@@ -91,7 +95,7 @@ def draw(
     """Draw the parameters of one view of n samples.
 
     epoch, sample, heights, widths: [n], the last two in pixels of the decoded image; view: the view's number.
-    Returns float32 [n, len(Column)].
+    Returns float32 [n, len(Column)], with RandAugment len(Layer) more for each of its layers.
     """
     numbers = uniforms(hashed(seed, epoch, sample, view), 4 * _CROP_TRIES + len(Column))
     crop_numbers, rest = np.split(numbers, [4 * _CROP_TRIES], axis=1)
@@ -103,6 +107,8 @@ def draw(
         rows[:, : Column.FLIP] = _center_boxes(spec, heights, widths)
     _fill_color(spec, rows, rest)
     rows[:, Column.FLIP] = rest[:, Column.FLIP] < spec.flip
+    if spec.randaugment > 0:
+        rows = np.hstack([rows, draw_layers(hashed(_LAYERS, seed, epoch, sample, view), spec.randaugment)])
     return rows.astype(np.float32)
 
 

@@ -15,16 +15,25 @@ class Part:
     """Some samples of a batch."""
 
     views: tuple[Tensor, ...]
+    labels: Tensor | None
     index: Tensor
 
 
 def parts(batch: Batch, size: int) -> list[Batch]:
-    """Return a batch in parts of so many samples; 0 takes all."""
+    """Return a batch in parts of so many samples; 0 takes all.
+
+    Part p of P has every P-th sample, as process r of R has every R-th: a sample and that half a batch further are
+    half a part apart, so that what mixes these two mixes the same ones in any parts.
+    """
     if not size:
         return [batch]
     number = len(batch.index) // size
-    views = zip(*(view.chunk(number) for view in batch.views), strict=True)
-    return [Part(each, index) for each, index in zip(views, batch.index.chunk(number), strict=True)]
+    return [_part(batch, slice(p, None, number)) for p in range(number)]
+
+
+def _part(batch: Batch, which: slice) -> Part:
+    labels = None if batch.labels is None else batch.labels[which]
+    return Part(tuple(view[which] for view in batch.views), labels, batch.index[which])
 
 
 def mean(outputs: list[StepOutput]) -> StepOutput:
@@ -50,6 +59,12 @@ def check(size: int, local_batch: int, method: Method) -> None:
         raise ValueError(
             f"engine.micro_batch must divide the {local_batch} samples that each process takes of a batch, got {size}; "
             "take a divisor, or 0 for all at once."
+        )
+    together = size or local_batch
+    if together % method.multiple:
+        raise ValueError(
+            f"{'engine.micro_batch' if size else 'batch_size'} must give the networks a multiple of {method.multiple} "
+            f"samples at once, which {type(method).__name__} mixes, got {together}; take another size."
         )
     if size and size < local_batch and method.whole_batch:
         raise ValueError(

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("pipeline.doctor", "machine, disks, shards, and a run in small, before a run is started"),
     "status": ("pipeline.status", "where every run is, which have gone silent, and why others ended"),
     "report": ("pipeline.report", "a page of a run, or of several side by side"),
-    "evaluate": ("pipeline.evaluate", "k-NN accuracy of a run's encoder"),
+    "evaluate": ("pipeline.evaluate", "what a run's encoder is worth: k-NN, linear classifiers, fine-tuning"),
     "export": ("pipeline.export", "a run's encoder for timm, PyTorch or ONNX, with a model card"),
     "analyze": (
         "pipeline.analyze",
@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 # Commands that keep the user's own words beside what they produce.
 KEEPS_OVERRIDES = {"train"}
+# Commands that a scheduler asks to leave, and that are run again then.
+SAVES = {"train", "evaluate"}
 # Commands that go on where they were interrupted, and commands that leave at the first Ctrl-C, at once.
 GOES_ON = {"shard", "train", "analyze"}
 LEAVES_AT_ONCE = {"shard", "verify"}
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible and LEAVES_AT_ONCE.intersection(words[:1]):
         signal.signal(signal.SIGINT, _Interrupt())
-    if words[:1] == ["train"]:
+    if SAVES.intersection(words[:1]):
         _be_ready_for_schedulers()
     try:
         code = dispatch(words)

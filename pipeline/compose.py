@@ -129,6 +129,8 @@ def _for_hydra(word: str, kinds: dict[str, Any]) -> str:
     key = word.partition("=")[0]
     if kinds.get(key) is str:
         return _quoted(word)
+    if kinds.get(key) == list[str]:
+        return _quoted_list(word)
     # Where another program's options are passed through, any key may be new.
     is_open = any(get_origin(kind) is dict and f"{key}.".startswith(f"{name}.") for name, kind in kinds.items())
     return f"++{word}" if is_open else word
@@ -145,6 +147,16 @@ def _quoted(word: str) -> str:
     # In Hydra's quotes a backslash means itself, but for those before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
     return f"{key}='{escaped}'"
+
+
+def _quoted_list(word: str) -> str:
+    """Quote the texts of a list, which may be words of a command with lists of their own."""
+    key, _, value = word.partition("=")
+    if not re.fullmatch(r"\[.+\]", value, re.DOTALL):
+        return word
+    # At commas outside of brackets and quotes.
+    texts = re.findall(r"(?:\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^,\[])+", value[1:-1])
+    return f"{key}=[{','.join(_quoted(f'={text.strip()}')[1:] for text in texts)}]"
 
 
 def _explain(command: str, overrides: list[str], error: Exception) -> str:

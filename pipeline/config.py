@@ -17,7 +17,18 @@ from pipeline.compression import Adaptive, CompressionSchedule, Constant, NoComp
 from pipeline.compression.base import check_divides
 from pipeline.engine_config import FSDP2, SHARDED, EngineConfig, Zero0, Zero2, Zero3
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
-from pipeline.methods import METHODS, DINOConfig, LocalMIMConfig, MoCoConfig, SimCLRConfig
+from pipeline.methods import (
+    METHODS,
+    DINOConfig,
+    FineTune,
+    FineTuneDeiTConfig,
+    FineTuneLocalMIMConfig,
+    FineTuneMAEConfig,
+    LocalMIMConfig,
+    Method,
+    MoCoConfig,
+    SimCLRConfig,
+)
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
@@ -195,7 +206,7 @@ class CompareConfig:
     support: int = 5000
 
     def __post_init__(self) -> None:
-        possible = [name for name, kind in GROUPS["method"].items() if not METHODS[kind].incompressible]
+        possible = [name for name, kind in GROUPS["method"].items() if _compares(METHODS[kind])]
         if not self.methods or set(self.methods) - set(possible):
             raise ValueError(f"methods must be some of {', '.join(possible)}, got {self.methods}.")
         _check_support(self.support)
@@ -300,6 +311,10 @@ class BenchConfig:
         _check_compiles(self.engine, self.model)
 
 
+def _compares(method: type[Method]) -> bool:
+    return not method.incompressible and not issubclass(method, FineTune)
+
+
 def _check_compiles(engine: EngineConfig, model: ViTConfig) -> None:
     if model.compile and engine.stage == SHARDED:
         raise ValueError(
@@ -319,7 +334,15 @@ def _check_support(support: int) -> None:
 
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.
 GROUPS: dict[str, dict[str, type[Any]]] = {
-    "method": {"moco": MoCoConfig, "simclr": SimCLRConfig, "dino": DINOConfig, "localmim": LocalMIMConfig},
+    "method": {
+        "moco": MoCoConfig,
+        "simclr": SimCLRConfig,
+        "dino": DINOConfig,
+        "localmim": LocalMIMConfig,
+        "finetune_deit": FineTuneDeiTConfig,
+        "finetune_mae": FineTuneMAEConfig,
+        "finetune_localmim": FineTuneLocalMIMConfig,
+    },
     "compression": {"none": NoCompression, "constant": Constant, "staged": Staged, "adaptive": Adaptive},
     "freeze": {"none": NoFreeze, "freezeout": FreezeOut},
     "engine": {"zero0": Zero0, "zero1": EngineConfig, "zero2": Zero2, "zero3": Zero3, "fsdp2": FSDP2},

@@ -1,4 +1,4 @@
-"""Command: what a run's features are worth, never compressed, by k-NN or linear classifiers."""
+"""Command: what a run's features are worth, never compressed, by k-NN, linear classifiers or fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from data.manifest import Manifest
+from data.order import held_out
 from data.publishing import write_atomically
 from pipeline import distributed
 from pipeline.checkpoint_files import asked_for
 from pipeline.compose import load
 from pipeline.config import TrainConfig
 from pipeline.distributed import World
+from pipeline.finetune_protocol import FineTuneProtocol, FineTuningConfig, Origin, classified
 from pipeline.following import as_published, wait_for_run
 from pipeline.linear_protocol import LinearProtocol, Split
+from pipeline.methods import Method
 from pipeline.models.vit import ViT
 from pipeline.networks import ENCODERS, REPRESENTATION, encoder_of, networks
 from pipeline.probes.features import extract, extract_share
@@ -35,6 +38,9 @@ class Protocol(Enum):
 
     knn = "knn"
     linear = "linear"
+    finetune = "finetune"
+    # Of a run that fine-tunes: by what it has learned.
+    classifier = "classifier"
 
 
 @dataclass
@@ -57,6 +63,7 @@ class EvaluateConfig:
     # Numbers of neighbors; 1 is plain nearest neighbor.
     k: list[int] = field(default_factory=lambda: [1, 10, 20, 100, 200])
     linear: LinearConfig = field(default_factory=LinearConfig)
+    finetune: FineTuningConfig = field(default_factory=FineTuningConfig)
 
     def __post_init__(self) -> None:
         if self.support < 0:
@@ -67,6 +74,11 @@ class EvaluateConfig:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder}.")
         if self.follow and self.checkpoint != "latest":
             raise ValueError(f"follow=true evaluates every checkpoint; leave checkpoint={self.checkpoint} out.")
+        if self.protocol is Protocol.finetune and (self.follow or self.support):
+            raise ValueError(
+                "protocol=finetune is one long run on all support samples; leave follow and support out, "
+                "or shard fewer images."
+            )
 
 
 @dataclass(frozen=True)
@@ -75,40 +87,86 @@ class Result:
 
     protocol: str
     scores: dict[str, Scores]
-    more: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 # Without shards of its own an evaluation classifies this share of the training shards by the rest.
 HELD_OUT = 0.2
+UNTRAINED = "init"
 
 log = logging.getLogger(__name__)
 
 
-def run(config: EvaluateConfig) -> None:
-    """Print what the protocol classifies right, and write it to the run's eval/ directory."""
+def run(config: EvaluateConfig) -> int:
+    """Print what the protocol classifies right, and write it to the run's eval/ directory; return the exit code."""
     directory = Path(config.runs) / config.run
     if config.follow:
         wait_for_run(directory)
     training: TrainConfig = load("train", read_overrides(directory))
     support, queries = splits(config, training)
+    if config.protocol is Protocol.finetune:
+        return _fine_tune(config, training, support, queries)
     # Before the processes meet: what is refused is refused at once.
-    encoders = _published(config, directory, training) if config.follow else iter([load_encoder(config, training)])
+    found = _published(config, directory, training) if config.follow else iter([load_networks(config, training)])
     world = distributed.start()
-    for encoder, name in encoders:
+    for method, name in found:
         path = _path(config, directory, name)
-        encoder = encoder.to(world.device)
-        if config.protocol is Protocol.knn:
-            result = by_neighbors(config, encoder, support, queries, world)
-        else:
-            result = by_classifiers(config, training.seed, encoder, support, queries, world, path.with_suffix(".part"))
+        result = _result(config, training.seed, method, support, queries, world, path.with_suffix(".part"))
         if world.is_main:
             _report(config, path, name, support, queries, result)
+    return 0
 
 
-def _published(config: EvaluateConfig, directory: Path, training: TrainConfig) -> Iterator[tuple[ViT, str]]:
-    """Yield the encoder of each checkpoint that was not evaluated yet, until the run has ended."""
+def _published(config: EvaluateConfig, directory: Path, training: TrainConfig) -> Iterator[tuple[Method, str]]:
+    """Yield the networks of each checkpoint that was not evaluated yet, until the run has ended."""
     for checkpoint in as_published(directory, lambda name: _path(config, directory, name).exists()):
-        yield encoder_of(networks(training, checkpoint), config.encoder), checkpoint.name
+        yield networks(training, checkpoint), checkpoint.name
+
+
+def load_networks(config: EvaluateConfig, training: TrainConfig) -> tuple[Method, str]:
+    """Return the networks of the checkpoint that was asked for, and its name."""
+    checkpoint = _checkpoint(config)
+    return networks(training, checkpoint), checkpoint.name if checkpoint else UNTRAINED
+
+
+def _checkpoint(config: EvaluateConfig) -> Path | None:
+    """Return the checkpoint that was asked for, None for the untrained networks.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if config.checkpoint == UNTRAINED:
+        return None
+    return asked_for(Path(config.runs) / config.run / "checkpoints", config.checkpoint)
+
+
+def _result(
+    config: EvaluateConfig, seed: int, method: Method, support: Split, queries: Split, world: World, place: Path
+) -> Result:
+    if config.protocol is Protocol.classifier:
+        return Result("classifier", classified(method, queries, world))
+    encoder = encoder_of(method, config.encoder).to(world.device)
+    if config.protocol is Protocol.knn:
+        return by_neighbors(config, encoder, support, queries, world)
+    return by_classifiers(config, seed, encoder, support, queries, world, place)
+
+
+def _fine_tune(config: EvaluateConfig, training: TrainConfig, support: Split, queries: Split) -> int:
+    """Train a run that starts from an encoder, and report what its classifier gets right; return the exit code."""
+    origin = Origin(config.run, config.runs, training, _checkpoint(config), config.encoder)
+    protocol = FineTuneProtocol(config.finetune, origin, 0.0 if config.shards else HELD_OUT)
+    world = distributed.start()
+    if code := protocol.learn():
+        return code
+    scores = protocol.judge(queries, world)
+    if world.is_main:
+        more = {"recipe": protocol.recipe, "epochs": protocol.epochs, "run": protocol.config.run}
+        path = _path(config, Path(config.runs) / config.run, origin.name, protocol.recipe)
+        _report(config, path, origin.name, support, queries, Result("finetune", scores, more))
+        # The run that has learned it knows as well.
+        own = protocol.config.directory / "eval" / f"classifier-{protocol.checkpoint.name}.json"
+        _write(own, _content(REPRESENTATION, protocol.checkpoint.name, support, queries, Result("classifier", scores)))
+    return 0
 
 
 def by_neighbors(config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World) -> Result:
@@ -116,7 +174,7 @@ def by_neighbors(config: EvaluateConfig, encoder: ViT, support: Split, queries: 
     known = extract_share(encoder, support.data, support.ids, world)
     asked = extract(encoder, queries.data, queries.ids, world)
     classes = len(Manifest.load(Path(support.data.shards)).classes)
-    return Result("knn", {str(k): scores for k, scores in knn_scores(known, asked, config.k, classes).items()}, {})
+    return Result("knn", {str(k): scores for k, scores in knn_scores(known, asked, config.k, classes).items()})
 
 
 def by_classifiers(
@@ -135,36 +193,23 @@ def splits(config: EvaluateConfig, training: TrainConfig) -> tuple[Split, Split]
         ValueError: the two sets have different classes.
     """
     own = Manifest.load(Path(training.data.shards))
-    order = np.random.default_rng(training.seed).permutation(own.samples)
     limit = config.support or own.samples
     if not config.shards:
-        held_out = int(own.samples * HELD_OUT)
-        if not held_out:
+        known, asked = held_out(own.samples, training.data.held_out or HELD_OUT)
+        if not len(asked):
             raise ValueError(
                 f"shards: {own.samples} samples are too few to hold some out; give shards=DIR to classify."
             )
-        return Split(training.data, order[held_out:][:limit]), Split(training.data, order[:held_out])
+        return Split(training.data, known[:limit]), Split(training.data, asked)
     other = Manifest.load(Path(config.shards))
     if other.classes != own.classes:
         raise ValueError(
             f"shards: {config.shards} has {len(other.classes)} classes, {training.data.shards} has "
             f"{len(own.classes)} or others; both must be sharded from the same class names."
         )
-    return Split(training.data, order[:limit]), Split(
-        replace(training.data, shards=config.shards), np.arange(other.samples)
-    )
-
-
-def load_encoder(config: EvaluateConfig, training: TrainConfig) -> tuple[ViT, str]:
-    """Return the encoder of the asked checkpoint and the checkpoint's name.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
-    """
-    if config.checkpoint == "init":
-        return encoder_of(networks(training, None), config.encoder), "init"
-    checkpoint = asked_for(Path(config.runs) / config.run / "checkpoints", config.checkpoint)
-    return encoder_of(networks(training, checkpoint), config.encoder), checkpoint.name
+    known, _ = held_out(own.samples, training.data.held_out)
+    other_data = replace(training.data, shards=config.shards)
+    return Split(training.data, known[:limit]), Split(other_data, np.arange(other.samples))
 
 
 def _report(config: EvaluateConfig, path: Path, name: str, support: Split, queries: Split, result: Result) -> None:
@@ -184,10 +229,15 @@ def _report(config: EvaluateConfig, path: Path, name: str, support: Split, queri
             f"k={which}" if which.isdigit() else which,
             *(100 * share for share in (scores.top1, low, high, scores.top5)),
         )
-    content = {
+    _write(path, _content(config.encoder, name, support, queries, result))
+    log.info("written: %s", path)
+
+
+def _content(encoder: str, checkpoint: str, support: Split, queries: Split, result: Result) -> dict[str, Any]:
+    return {
         "protocol": result.protocol,
-        "checkpoint": name,
-        "encoder": config.encoder,
+        "checkpoint": checkpoint,
+        "encoder": encoder,
         "support": {"shards": support.data.shards, "samples": len(support.ids)},
         "queries": {"shards": queries.data.shards, "samples": len(queries.ids)},
         "top1": {which: scores.top1 for which, scores in result.scores.items()},
@@ -196,13 +246,15 @@ def _report(config: EvaluateConfig, path: Path, name: str, support: Split, queri
         "per_class": {which: scores.per_class for which, scores in result.scores.items()},
         **result.more,
     }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1).encode())
-    log.info("written: %s", path)
 
 
-def _path(config: EvaluateConfig, directory: Path, name: str) -> Path:
-    words = [config.protocol.value]
-    words += [config.linear.form.value] if config.protocol is Protocol.linear else []
+def _path(config: EvaluateConfig, directory: Path, name: str, recipe: str = "") -> Path:
+    form = config.linear.form.value if config.protocol is Protocol.linear else recipe
+    words = [config.protocol.value, *([form] if form else [])]
     words += [config.encoder] if config.encoder != REPRESENTATION else []
     return directory / "eval" / f"{'-'.join([*words, name])}.json"

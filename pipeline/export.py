@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.manifest import Manifest
 from pipeline.checkpoint_files import asked_for
 from pipeline.compose import load
 from pipeline.config import TrainConfig
@@ -93,8 +94,19 @@ def run(config: ExportConfig) -> None:
 
 def _encoder(config: ExportConfig, training: TrainConfig, checkpoint: Path | None) -> Encoder:
     if checkpoint is None:
-        return untrained_encoder(training, config.encoder)
-    return read_encoder(training, checkpoint, config.encoder)
+        encoder = untrained_encoder(training, config.encoder)
+    else:
+        encoder = read_encoder(training, checkpoint, config.encoder)
+    return replace(encoder, labels=_labels(training)) if encoder.classifier is not None else encoder
+
+
+def _labels(training: TrainConfig) -> tuple[str, ...]:
+    """Return the names of the classes, none where the shards are not there any more."""
+    try:
+        return Manifest.load(Path(training.data.shards)).classes
+    except (ValueError, OSError):
+        log.warning("the names of the classes are not known: %s is not there", training.data.shards)
+        return ()
 
 
 def _default_name(config: ExportConfig, checkpoint: str, form: Form, training: TrainConfig) -> str:

@@ -16,6 +16,7 @@ def identity(config: TrainConfig, shards: str, processes: int, schedules: Schedu
         "batch_size": config.batch_size,
         "data.shards": shards,
         "data.color": config.data.color,
+        "data.held_out": config.data.held_out,
         "data.order": order.VERSION,
         "engine.precision": config.engine.precision.value,
         # Steps of the optimizer are counted by group; and its moments are averages by these.

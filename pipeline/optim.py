@@ -76,22 +76,25 @@ def parameter_groups(
     attached: Mapping[int, Iterable[nn.Parameter]] | None = None,
     *,
     decay_vectors: bool = True,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Return one named group per freezable layer, one for what is attached to it, for the last layer, and for the rest.
 
-    Trainable parameters only. Without `decay_vectors` the tensors of at most one dimension are groups of their
-    own, whose names end in `VECTORS`. ZeRO talks once per group, so there are no more than have to be.
+    Trainable parameters only. Those of `undecayed`, and without `decay_vectors` all of at most one dimension, are
+    groups of their own, whose names end in `VECTORS`. ZeRO talks once per group, so there are no more than have to be.
     """
     members = {layer_name(i): list(layer) for i, layer in enumerate(layers)}
     members |= {attached_name(i): list(each) for i, each in (attached or {}).items()}
     members[LAST_LAYER] = list(last_layer)
     taken = {id(p) for group in members.values() for p in group}
     members[HEADS] = [p for p in parameters if id(p) not in taken]
+    exempt = {id(p) for p in undecayed}
     groups = []
     for name, group in members.items():
         learning = [p for p in group if p.requires_grad]
-        vectors = [] if decay_vectors else [p for p in learning if _is_vector(p)]
-        others = [p for p in learning if decay_vectors or not _is_vector(p)]
+        vectors = [p for p in learning if id(p) in exempt or (not decay_vectors and _is_vector(p))]
+        kept = {id(p) for p in vectors}
+        others = [p for p in learning if id(p) not in kept]
         groups += [{"name": name, "params": others}, {"name": name + VECTORS, "params": vectors}]
     return [group for group in groups if group["params"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,6 +67,7 @@ def build(config: TrainConfig, world: World) -> Parts:
         world_size=world.size,
         device=world.device,
     )
+    check_labels(method, loader.classes)
     tuner = build_tuner(config, schedules, method, world.size)
     engine = build_engine(
         method, config.engine, config.optim, local_batch=config.batch_size // world.size, device=world.device
@@ -84,6 +86,15 @@ def build(config: TrainConfig, world: World) -> Parts:
         ),
         probe=KNNProbe(config.probe, config.data, loader.num_samples, len(loader.classes), config.seed),
     )
+
+
+def check_labels(method: Method, classes: Sequence[str]) -> None:
+    """Raise ValueError where a method learns classes and the set has others, or none."""
+    if method.classes and method.classes != len(classes):
+        has = f"has {len(classes)} classes" if classes else "has no labels"
+        raise ValueError(
+            f"method.classes must be that of data.shards, which {has}, got {method.classes}; change one of them."
+        )
 
 
 def build_schedules(config: TrainConfig, method: Method) -> Schedules:

@@ -22,6 +22,7 @@ class BlackBatch:
     """Black views of the shapes that a loader brings."""
 
     views: tuple[Tensor, ...]
+    labels: Tensor
     index: Tensor
 
 
@@ -37,7 +38,8 @@ def prewarm(method: Method, plans: Iterable[StepPlan], local_batch: int, device:
     begin = time.monotonic()
     shapes = {(plan.query, plan.key, plan.frozen_layers): plan for plan in plans}
     views = tuple(torch.zeros(local_batch, 3, view.size, view.size, device=device) for view in method.views())
-    batch = BlackBatch(views, torch.arange(local_batch, device=device))
+    index = torch.arange(local_batch, device=device)
+    batch = BlackBatch(views, torch.zeros_like(index), index)
     # A method draws nothing at random, a compiler may.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for plan in shapes.values():

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from data.manifest import Manifest
-from data.order import ShuffledOrder
+from data.order import Order
 from pipeline.distributed import gather, rank, world_size
 from pipeline.methods.base import Batch
 from pipeline.preemption import ProcessFailedError
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 class SkippedSteps:
     """Watches every step of a process's life; whether one was applied is the same on all processes."""
 
-    def __init__(self, limit: int, directory: Path, manifest: Manifest, seed: int) -> None:
-        """Forget what an earlier life left; `manifest` and `seed` say which sample is where in the run."""
+    def __init__(self, limit: int, directory: Path, manifest: Manifest, order: Order) -> None:
+        """Forget what an earlier life left; `manifest` and `order` say which sample is where in the run."""
         self._limit, self._path = limit, directory / BAD_BATCH_NAME
-        self._manifest, self._seed = manifest, seed
+        self._manifest, self._order = manifest, order
         self._in_a_row = 0
         if rank() == 0:
             self._path.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ class SkippedSteps:
         losses, indices = gather(result.loss.reshape(1)), gather(batch.index)
         if rank() != 0:
             raise SystemExit(1)
-        samples = find_samples(self._manifest, self._seed, indices)
+        samples = find_samples(self._manifest, self._order, indices)
         self._path.write_text(json.dumps(_describe(step, losses, indices, samples), indent=1))
         raise ProcessFailedError(
             f"engine.max_skipped: loss or gradient was not finite in {self._limit} steps in a row, the last of them "
@@ -69,13 +69,13 @@ class SkippedSteps:
         )
 
 
-def find_samples(manifest: Manifest, seed: int, indices: Tensor) -> list[str]:
+def find_samples(manifest: Manifest, order: Order, indices: Tensor) -> list[str]:
     """Return shard and row, from 1 on, of the samples at places of the run [n].
 
     What took the place of a sample that broke after sharding is not known here; train.log names what broke.
     """
+    _, samples = order.place(indices.cpu().numpy())
     counts = [shard.samples for shard in manifest.shards]
-    _, samples = ShuffledOrder(counts, seed).place(indices.cpu().numpy())
     ends = np.cumsum(counts)
     shards = np.searchsorted(ends, samples, side="right")
     rows = samples - (ends - counts)[shards] + 1

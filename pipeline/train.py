@@ -74,7 +74,7 @@ def train(
     sinks = _open_sinks(config, world, state, heartbeat)
     prewarm(parts.method, parts.plans_ahead(state), config.batch_size // world.size, world.device)
     meter = _build_meter(config, world, parts)
-    skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, config.seed)
+    skips = SkippedSteps(config.engine.max_skipped, config.directory, parts.loader.manifest, parts.loader.order)
     finished = parts.progress(state) >= 1
 
     batches = parts.loader.batches(start=state.samples)
@@ -186,14 +186,14 @@ def _announce(config: TrainConfig, world: World, parts: Parts, state: TrainState
     log.info(
         "run %s: %d samples in %d classes, batch %d, budget %g %s",
         config.directory,
-        parts.loader.num_samples,
+        len(parts.loader.order),
         len(parts.loader.classes),
         config.batch_size,
         config.budget.value,
         config.budget.unit.value,
     )
     warn_of_early_freezing(parts.schedules)
-    if config.batch_size > parts.loader.num_samples:
+    if config.batch_size > len(parts.loader.order):
         log.warning("batch_size is larger than the set: a sample may occur twice in a batch")
     log.info("resumed at step %d" if state.step else "starting at step %d", state.step)
 

@@ -187,6 +187,7 @@ class TrainingEngine(ABC):
             self._last_layer,
             self._attached,
             decay_vectors=self._optim.decay_vectors,
+            undecayed=self.method.undecayed(),
         )
 
     def _gone(self, frozen_layers: int) -> Iterator[nn.Parameter]:

@@ -132,7 +132,7 @@ check_nodes() {
     code=$?
     printf '%s\n' "$said"
     unfit=$(sed -n 's/^nodes to leave out: //p' <<<"$said")
-    if [[ -n $unfit ]] && makes_progress "$(value_of runs runs "$@")" "$(value_of run '' "$@")"; then
+    if [[ -n $unfit ]] && makes_progress "$(value_of runs runs "$@")" "$(newest_checkpoint "$@")"; then
         say "back into the queue, to be run without $unfit"
         requeue_without "$unfit"
     fi
@@ -183,11 +183,23 @@ wants_requeue() {
     [[ -z $cancelled && $(squeue --noheader --job "$SLURM_JOB_ID" --format %T) == RUNNING ]]
 }
 
-# Return whether the lives of this job still get somewhere, judged by the name of the newest checkpoint of the
-# run in directory $1/$2.
+# Print the name of the newest checkpoint of the run that the arguments name, nothing if there is none.
+newest_checkpoint() {
+    cat "$(value_of runs runs "$@")/$(value_of run '' "$@")/checkpoints/latest" 2>/dev/null
+}
+
+# Print a word that changes when an evaluation of the run that the arguments name has got further: files in eval/ and
+# checkpoints of fine-tunings.
+evaluated() {
+    local run
+    run=$(value_of runs runs "$@")/$(value_of run '' "$@")
+    stat --format '%n %Y' "$run"/eval/* "$run"-finetune-*/checkpoints/latest 2>/dev/null | cksum
+}
+
+# Return whether the lives of this job still get somewhere, judged by a word that changes when they do:
+# makes_progress RUNS WORD
 makes_progress() {
-    local ledger=$1/.lives/$SLURM_JOB_ID latest before='' idle=0
-    latest=$(cat "$1/$2/checkpoints/latest" 2>/dev/null)
+    local ledger=$1/.lives/$SLURM_JOB_ID latest=$2 before='' idle=0
     [[ ! -e $ledger ]] || { read -r idle && read -r before; } <"$ledger"
     if [[ -n $latest && $latest != "$before" ]]; then idle=0; else idle=$((idle + 1)); fi
     mkdir -p "${ledger%/*}" && printf '%s\n%s\n' "$idle" "$latest" >"$ledger"

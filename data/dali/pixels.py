@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from nvidia.dali import fn, types
 
+from data.color import TRUNCATION
+
 _LEVELS = 255.0
 
 
@@ -42,6 +44,18 @@ class Pixels(Protocol):
 
     def blur(self, view: Any, kernel: Any, sigma: Any) -> Any:
         """Blur by a Gaussian; its one-dimensional kernel and its sigma in pixels say the same."""
+        ...
+
+    def filter(self, view: Any, kernel: Any, offset: Any) -> Any:
+        """Correlate every channel with a kernel [k, k], and add the offset, a gray level."""
+        ...
+
+    def warp(self, view: Any, matrix: Any, fill: tuple[int, int, int]) -> Any:
+        """Take every pixel from where a matrix [2, 3] says, truncated as in PIL; ``fill``: the color from outside."""
+        ...
+
+    def equalize(self, view: Any) -> Any:
+        """Equalize the histogram of each channel."""
         ...
 
 
@@ -85,6 +99,19 @@ class PlanarPixels:
         across = fn.filter(view, fn.expand_dims(kernel, axes=[0]))
         return fn.filter(across, fn.expand_dims(kernel, axes=[1]))
 
+    def filter(self, view: Any, kernel: Any, offset: Any) -> Any:
+        return fn.cast(fn.filter(view, kernel, dtype=types.FLOAT) + offset, dtype=types.UINT8)
+
+    def warp(self, view: Any, matrix: Any, fill: tuple[int, int, int]) -> Any:
+        size = self._size
+        planes = [fn.reshape(each, shape=[size, size, 1], layout="HWC") for each in self.channels(view)]
+        # DALI rewrites this code, and its zip knows no strict.
+        warped = [_warped(planes[k], matrix, fill[k]) for k in range(3)]
+        return self.join([fn.reshape(each, shape=[1, size, size], layout="CHW") for each in warped])
+
+    def equalize(self, view: Any) -> Any:
+        return self.arrange(fn.equalize(fn.transpose(view, perm=[1, 2, 0])))
+
     def _as_rows(self, view: Any, offset: Any) -> Any:
         """Return an image with a plane per row, and a white plane for the offset to weigh."""
         if offset is not None:
@@ -124,9 +151,27 @@ class InterleavedPixels:
     def blur(self, view: Any, kernel: Any, sigma: Any) -> Any:
         return fn.gaussian_blur(view, sigma=sigma)
 
+    def filter(self, view: Any, kernel: Any, offset: Any) -> Any:
+        filtered = fn.filter(view, beside(view, kernel), dtype=types.FLOAT)
+        return fn.cast(filtered + beside(view, offset), dtype=types.UINT8)
+
+    def warp(self, view: Any, matrix: Any, fill: tuple[int, int, int]) -> Any:
+        channels = self.channels(view)
+        return self.join([_warped(channels[k], matrix, fill[k]) for k in range(3)])
+
+    def equalize(self, view: Any) -> Any:
+        return fn.equalize(view)
+
     def _transform(self, view: Any, matrix: Any, offset: Any, channels: int) -> Any:
         shift = {} if offset is None else {"T": fn.stack(*[offset] * channels)}
         return fn.coord_transform(view, M=fn.reshape(matrix, shape=[channels, 3]), dtype=types.UINT8, **shift)
+
+
+def _warped(channel: Any, matrix: Any, fill: int) -> Any:
+    """Warp one channel [S, S, 1]; each has a fill of its own, of which DALI's operator takes one number."""
+    # In float, which is faster than rounding; the fill must survive the truncation.
+    warped = fn.warp_affine(channel, matrix=matrix, inverse_map=True, fill_value=fill + 0.5, dtype=types.FLOAT)
+    return fn.cast(warped - TRUNCATION, dtype=types.UINT8)
 
 
 def beside(view: Any, number: Any) -> Any:

@@ -9,6 +9,7 @@ from nvidia.dali import fn, types
 from data.color import Floats, blur_kernels, exact_parameters, fused_parameters
 from data.dali.jitter import change_where, exact, fused
 from data.dali.pixels import InterleavedPixels, Pixels, PlanarPixels
+from data.dali.randaugment import layer_parameters, randaugment
 from data.views import Column, ViewSpec
 
 # ImageNet's channel statistics in gray levels.
@@ -22,13 +23,24 @@ _PARAMETERS = {"fused": fused_parameters, "exact": exact_parameters}
 
 def input_names(spec: ViewSpec, on_gpu: bool) -> tuple[str, ...]:
     """Return which inputs the graph of a view takes. DALI warns of those that it gets in vain."""
-    return ("row", *["parameters"] * _colored(spec), *["kernel"] * (spec.blur > 0 and not on_gpu))
+    names = {
+        "row": True,
+        "parameters": _colored(spec),
+        "layers": spec.randaugment > 0,
+        "kernel": spec.blur > 0 and not on_gpu,
+    }
+    return tuple(name for name, taken in names.items() if taken)
 
 
 def view_inputs(spec: ViewSpec, rows: Floats, color: str, on_gpu: bool = False) -> list[Any]:
     """Return the inputs of a view for n samples: arrays [n, any]; the kernels as a list, each as long as it is."""
     make: dict[str, Callable[[Floats], Any]]
-    make = {"row": lambda rows: rows, "parameters": _PARAMETERS[color], "kernel": blur_kernels}
+    make = {
+        "row": lambda rows: rows,
+        "parameters": _PARAMETERS[color],
+        "layers": lambda rows: layer_parameters(rows[:, len(Column) :], spec.size),
+        "kernel": blur_kernels,
+    }
     return [make[name](rows) for name in input_names(spec, on_gpu)]
 
 
@@ -37,8 +49,12 @@ def make_view(image: Any, inputs: Mapping[str, Any], spec: ViewSpec, color: str)
     row = inputs["row"]
     view = _crop_around(image, row, spec) if color == "fused" else _crop(image, row, spec)
     pixels: Pixels = InterleavedPixels() if image.device == "gpu" else PlanarPixels(spec.size)
+    if _colored(spec) or spec.randaugment > 0:
+        view = pixels.arrange(view)
+    if spec.randaugment > 0:
+        view = randaugment(view, inputs["layers"], pixels)
     if _colored(spec):
-        view = _CHANGES[color](pixels.arrange(view), row, inputs["parameters"], spec, pixels)
+        view = _CHANGES[color](view, row, inputs["parameters"], spec, pixels)
     if spec.blur > 0:
         sigma, kernel = row[Column.SIGMA], inputs.get("kernel")
         view = change_where(sigma > 0, view, lambda some: pixels.blur(some, kernel, sigma))

@@ -40,6 +40,7 @@ class NoiseBatch:
 
     views: tuple[Tensor, ...]
     index: Tensor
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def make_batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
     local = config.batch_size // world.size
     sizes = [spec.size for spec in method.views()]
     images = tuple(torch.randn(local, 3, size, size, device=world.device) for size in sizes)
-    return NoiseBatch(images, torch.arange(local, device=world.device))
+    index = torch.arange(local, device=world.device)
+    return NoiseBatch(images, index, index % method.classes if method.classes else None)
 
 
 Case = tuple[TrainingEngine, StepPlan]

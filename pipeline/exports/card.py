@@ -49,18 +49,28 @@ class Card:
         (folder / NAME).write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
 
     def _front_matter(self, format: Format) -> str:
-        lines = ["---", f"license: {self.license or 'other'}", "pipeline_tag: image-feature-extraction"]
+        lines = ["---", f"license: {self.license or 'other'}", f"pipeline_tag: {self._task()}"]
         lines += [f"library_name: {format.library}"] if format.library else []
         return "\n".join([*lines, "tags:", "- self-supervised-learning", "- vision-transformer", "---"])
+
+    def _task(self) -> str:
+        return "image-classification" if self.encoder.classifier is not None else "image-feature-extraction"
 
     def _title(self) -> str:
         encoder, form = self.encoder, self.form
         which = "momentum encoder (the teacher)" if encoder.which == MOMENTUM else "online encoder"
         own = "its own" if form.is_own(encoder.config) else f"trained with {encoder.config.patch_size}: resized"
+        size = f"images of {form.image_size} x {form.image_size} pixels in patches of {form.patch_size} ({own})"
+        if encoder.classifier is not None:
+            which = "average of the weights" if encoder.which == MOMENTUM else "classifier"
+            return (
+                f"# {self.training.run}\n\n"
+                f"The {which} of a run of coldpress that fine-tuned an encoder: {size} -> logits of "
+                f"{encoder.method.classes} classes. {self._parameters():,} parameters, fp32."
+            )
         return (
             f"# {self.training.run}\n\n"
-            f"The {which} of a self-supervised pre-training run of coldpress: images of {form.image_size} x "
-            f"{form.image_size} pixels in patches of {form.patch_size} ({own}) -> features of "
+            f"The {which} of a self-supervised pre-training run of coldpress: {size} -> features of "
             f"{encoder.vit.embed_dim} numbers, the class token after the last norm. {self._parameters():,} parameters, "
             "fp32. There is no classifier."
         )
@@ -110,7 +120,8 @@ class Card:
         return f"## License\n\n{stated}"
 
     def _parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.encoder.vit.parameters())
+        networks = filter(None, (self.encoder.vit, self.encoder.classifier))
+        return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

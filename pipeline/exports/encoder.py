@@ -1,4 +1,4 @@
-"""The encoders of a run, and the tensors of one of them, each read when it is asked for."""
+"""The encoders of a run, and the tensors of one of them and of its classifier, each read when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import engine_state
 from pipeline.config import TrainConfig
-from pipeline.methods import Method
+from pipeline.methods import Classifier, FineTune, Method
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.networks import MOMENTUM, ONLINE, encoder_of, imagine, networks
 from pipeline.pieces import Reader
@@ -21,13 +21,15 @@ from pipeline.pieces import Reader
 class Encoder:
     """An encoder of a run: its shapes, and its tensors one at a time.
 
-    Method and `vit`, which is one of its parts, have no weights where these come from a checkpoint. `read` takes the
-    name of a parameter.
+    Method and `vit`, which is one of its parts, have no weights where these come from a checkpoint. `read` takes a
+    parameter of one of both.
     """
 
     method: Method
     vit: ViT
-    read: Callable[[str], Tensor]
+    read: Callable[[nn.Parameter], Tensor]
+    # Names of the classes of a classifier, where they are known.
+    labels: tuple[str, ...] = ()
 
     @property
     def which(self) -> str:
@@ -40,9 +42,21 @@ class Encoder:
         return self.vit is self.method.representation
 
     @property
+    def output(self) -> str:
+        """Return what comes out of an export."""
+        return "logits" if self.classifier is not None else "features"
+
+    @property
     def config(self) -> ViTConfig:
         """Return which Vision Transformer it is."""
         return self.vit.config
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """Return what stands behind it in a run that fine-tunes."""
+        if not isinstance(self.method, FineTune):
+            return None
+        return self.method.classifier_of(averaged=self.which == MOMENTUM)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor by name."""
@@ -50,7 +64,15 @@ class Encoder:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in fp32, as evaluation has it, whatever the run computed in."""
-        return self.read(name).detach().to(torch.float32)
+        return self._fp32(self.vit.get_parameter(name))
+
+    def classifiers_tensor(self, name: str) -> Tensor:
+        """Return a tensor of the classifier in fp32."""
+        assert self.classifier is not None
+        return self._fp32(self.classifier.get_parameter(name))
+
+    def _fp32(self, parameter: nn.Parameter) -> Tensor:
+        return self.read(parameter).detach().to(torch.float32)
 
 
 def read_encoder(training: TrainConfig, checkpoint: Path, which: str) -> Encoder:
@@ -72,7 +94,7 @@ def read_encoder(training: TrainConfig, checkpoint: Path, which: str) -> Encoder
         raise ValueError(
             f"{said}; it is of another model than overrides.yaml says; take another checkpoint=STEP."
         ) from error
-    return Encoder(method, vit, lambda name: reader.whole(saved[name]))
+    return Encoder(method, vit, lambda parameter: reader.whole(places[parameter]))
 
 
 def untrained_encoder(training: TrainConfig, which: str) -> Encoder:
@@ -83,4 +105,4 @@ def untrained_encoder(training: TrainConfig, which: str) -> Encoder:
     """
     method = networks(training, None)
     vit = encoder_of(method, which)
-    return Encoder(method, vit, dict(vit.named_parameters()).__getitem__)
+    return Encoder(method, vit, lambda parameter: parameter)

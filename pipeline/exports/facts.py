@@ -11,6 +11,7 @@ from data.manifest import Manifest
 from pipeline.checkpoint_files import content_of
 from pipeline.compression import FittedAdaptive
 from pipeline.config import GROUPS, TrainConfig
+from pipeline.methods import FineTuneDeiTConfig
 from pipeline.schedules import Schedules
 
 Row = tuple[str, str]
@@ -23,7 +24,8 @@ def data(training: TrainConfig) -> list[Row]:
         manifest = Manifest.load(Path(training.data.shards))
     except (ValueError, OSError):
         return [("data", f"{name} (not there any more when this was exported)")]
-    classes = f", {len(manifest.classes):,} classes, whose labels were not used" if manifest.classes else ", no labels"
+    used = "" if isinstance(training.method, FineTuneDeiTConfig) else ", whose labels were not used"
+    classes = f", {len(manifest.classes):,} classes{used}" if manifest.classes else ", no labels"
     return [("data", f"{name}: {manifest.samples:,} images{classes}")]
 
 

@@ -20,7 +20,8 @@ class Format:
 
     # Fills a folder.
     write: Callable[[Encoder, Form, Path], None]
-    # Returns Python that is run in the folder and ends with `features` [1, D] of `images` [1, 3, S, S].
+    # Returns Python that is run in the folder and ends with `features` [1, D], or a classifier's `logits` [1, C], of
+    # `images` [1, 3, S, S].
     how_to_load: Callable[[Encoder, Form], str]
     # Of the readers, as model hubs name it; empty where they know no name.
     library: str = ""

@@ -1,4 +1,4 @@
-"""Format onnx: a graph from images [B, 3, S, S] to features [B, D], for any B."""
+"""Format onnx: a graph from images [B, 3, S, S] to features [B, D], or logits [B, C], for any B."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(encoder: Encoder, form: Form, folder: Path) -> None:
             (images,),
             dynamo=True,
             input_names=["images"],
-            output_names=["features"],
+            output_names=[encoder.output],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
@@ -52,7 +52,7 @@ def write(encoder: Encoder, form: Form, folder: Path) -> None:
 def _model(encoder: Encoder, form: Form, path: Path) -> Any:
     tensors = timm_layout.tensors(encoder, form)
     write_tensors(path, tensors)
-    model = timm_layout.empty_model(encoder.config, form)
+    model = timm_layout.empty_model(encoder, form)
     model.load_state_dict(map_tensors(path, tensors), assign=True)
     return model.requires_grad_(False)
 
@@ -65,7 +65,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 images = np.zeros((1, 3, {form.image_size}, {form.image_size}), np.float32)  # normalized, see below
-(features,) = session.run(None, {{"images": images}})
+({encoder.output},) = session.run(None, {{"images": images}})
 """
 
 

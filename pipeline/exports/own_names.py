@@ -19,7 +19,13 @@ from pipeline.models.vit import ViT, ViTConfig
 
 
 def write(encoder: Encoder, form: Form, folder: Path) -> None:
-    """Write tensors and config in our names."""
+    """Write tensors and config in our names.
+
+    Raises:
+        ValueError: there is a classifier, too.
+    """
+    if encoder.classifier is not None:
+        raise ValueError("format=safetensors has no place for the classifier of a fine-tuned run; take format=timm.")
     config = config_of(encoder.config, form)
     write_tensors(folder / "model.safetensors", _tensors(encoder, form, config))
     values = asdict(config) | {"positions": config.positions.value}

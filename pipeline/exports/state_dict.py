@@ -30,13 +30,13 @@ def how_to_load(encoder: Encoder, form: Form) -> str:
 import timm
 import torch
 
-arguments = {timm_layout.model_args(encoder.config, form)}
+arguments = {timm_layout.model_args(encoder, form)}
 model = timm.create_model("{timm_layout.architecture(encoder.config)}", **arguments).eval()
 model.load_state_dict(torch.load("model.pth", weights_only=True))
 
 images = torch.zeros(1, 3, {form.image_size}, {form.image_size})  # normalized, see below
 with torch.no_grad():
-    features = model(images)
+    {encoder.output} = model(images)
 """
 
 

@@ -27,14 +27,14 @@ import torch
 model = timm.create_model("local-dir:.", pretrained=True).eval()
 
 # Or, without config.json:
-arguments = {timm_layout.model_args(encoder.config, form)}
+arguments = {timm_layout.model_args(encoder, form)}
 model = timm.create_model(
     "{timm_layout.architecture(encoder.config)}", checkpoint_path="model.safetensors", **arguments
 ).eval()
 
 images = torch.zeros(1, 3, {form.image_size}, {form.image_size})  # normalized, see below
 with torch.no_grad():
-    features = model(images)
+    {encoder.output} = model(images)
 """
 
 

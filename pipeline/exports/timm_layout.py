@@ -15,6 +15,7 @@ from data.views import center_view
 from pipeline.exports.encoder import Encoder
 from pipeline.exports.form import Form, kernel, positions
 from pipeline.exports.tensor_file import Promised
+from pipeline.methods import Pool
 from pipeline.models.vit import ViTConfig
 
 _KERNEL, _BIAS, _CLASS, _POSITIONS = "patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed"
@@ -27,10 +28,16 @@ def architecture(config: ViTConfig) -> str:
     return config.name.partition(".")[0]
 
 
-def model_args(config: ViTConfig, form: Form) -> dict[str, Any]:
+def model_args(encoder: Encoder, form: Form) -> dict[str, Any]:
     """Return what `timm.create_model` must be told beside the name."""
-    sizes = {"img_size": form.image_size, "patch_size": form.patch_size, **config.changes}
-    return {**sizes, "num_classes": 0, "global_pool": "token"}
+    sizes = {"img_size": form.image_size, "patch_size": form.patch_size, **encoder.config.changes}
+    return {**sizes, "num_classes": encoder.method.classes, "global_pool": _pool(encoder)}
+
+
+def _pool(encoder: Encoder) -> str:
+    """Return timm's name of what is classified."""
+    classifier = encoder.classifier
+    return "avg" if classifier is not None and classifier.pool is Pool.mean else "token"
 
 
 def preprocessing(form: Form) -> dict[str, Any]:
@@ -51,24 +58,25 @@ def describe(encoder: Encoder, form: Form) -> dict[str, Any]:
     """Return the `config.json` from which timm builds the model of a folder."""
     return {
         "architecture": architecture(encoder.config),
-        "num_classes": 0,
+        "num_classes": encoder.method.classes,
         "num_features": encoder.vit.embed_dim,
-        "global_pool": "token",
-        "model_args": model_args(encoder.config, form),
+        "global_pool": _pool(encoder),
+        "model_args": model_args(encoder, form),
         "pretrained_cfg": {
             **preprocessing(form),
-            "num_classes": 0,
+            "num_classes": encoder.method.classes,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
+            **({"label_names": list(encoder.labels)} if encoder.labels else {}),
         },
     }
 
 
-def empty_model(config: ViTConfig, form: Form) -> Any:
+def empty_model(encoder: Encoder, form: Form) -> Any:
     """Return timm's model with shapes but no weights."""
     with torch.device("meta"):
-        return timm.create_model(architecture(config), **model_args(config, form)).eval()
+        return timm.create_model(architecture(encoder.config), **model_args(encoder, form)).eval()
 
 
 def tensors(encoder: Encoder, form: Form) -> list[Promised]:
@@ -77,7 +85,7 @@ def tensors(encoder: Encoder, form: Form) -> list[Promised]:
     Raises:
         ValueError: timm's model has other tensors than the encoder has.
     """
-    shapes = {name: tuple(each.shape) for name, each in empty_model(encoder.config, form).state_dict().items()}
+    shapes = {name: tuple(each.shape) for name, each in empty_model(encoder, form).state_dict().items()}
     as_they_are = encoder.shapes().keys() - set(_EMBEDDING)
     makers: dict[str, Callable[[], Tensor]] = {name: partial(encoder.tensor, name) for name in as_they_are}
     makers |= {
@@ -87,9 +95,21 @@ def tensors(encoder: Encoder, form: Form) -> list[Promised]:
     }
     if _BIAS in shapes:
         makers[_BIAS] = partial(encoder.tensor, "patch.bias")
+    if encoder.classifier is not None:
+        makers = _with_classifier(makers, encoder)
     if differing := shapes.keys() ^ makers.keys():
         raise ValueError(
             f"model.name={encoder.config.name}: this version of timm and the encoder differ in {min(differing)}; "
             "install the version that constraints.txt names, or take format=safetensors."
         )
     return [Promised(name, shape, makers[name]) for name, shape in shapes.items()]
+
+
+def _with_classifier(makers: dict[str, Callable[[], Tensor]], encoder: Encoder) -> dict[str, Callable[[], Tensor]]:
+    """Return the makers of an encoder's tensors and its classifier's; a norm of its own stands in the encoder's place."""
+    assert encoder.classifier is not None
+    ours = [name for name, _ in encoder.classifier.named_parameters()]
+    names = {name.replace("linear.", "head.").replace("norm.", "fc_norm."): name for name in ours}
+    if encoder.classifier.pool is Pool.mean:
+        makers = {name: make for name, make in makers.items() if not name.startswith("norm.")}
+    return makers | {theirs: partial(encoder.classifiers_tensor, name) for theirs, name in names.items()}

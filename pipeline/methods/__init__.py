@@ -1,9 +1,17 @@
-"""Self-supervised methods, one file each."""
+"""Methods, one file each."""
 
 from typing import Any
 
 from pipeline.methods.base import Method
 from pipeline.methods.dino import DINO, DINOConfig
+from pipeline.methods.finetune import (
+    Classifier,
+    FineTune,
+    FineTuneDeiTConfig,
+    FineTuneLocalMIMConfig,
+    FineTuneMAEConfig,
+    Pool,
+)
 from pipeline.methods.localmim import LocalMIM, LocalMIMConfig
 from pipeline.methods.moco import MoCo, MoCoConfig
 from pipeline.methods.simclr import SimCLR, SimCLRConfig
@@ -11,10 +19,16 @@ from pipeline.models.vit import ViT
 
 __all__ = [
     "METHODS",
+    "Classifier",
     "DINOConfig",
+    "FineTune",
+    "FineTuneDeiTConfig",
+    "FineTuneLocalMIMConfig",
+    "FineTuneMAEConfig",
     "LocalMIMConfig",
     "Method",
     "MoCoConfig",
+    "Pool",
     "SimCLRConfig",
     "build_method",
     "check_compressible",
@@ -25,6 +39,9 @@ METHODS: dict[type[Any], type[Any]] = {
     SimCLRConfig: SimCLR,
     DINOConfig: DINO,
     LocalMIMConfig: LocalMIM,
+    FineTuneDeiTConfig: FineTune,
+    FineTuneMAEConfig: FineTune,
+    FineTuneLocalMIMConfig: FineTune,
 }
 
 

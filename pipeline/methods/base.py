@@ -25,6 +25,10 @@ class Batch(Protocol):
         """Return one [B, 3, S, S] per declared view."""
 
     @property
+    def labels(self) -> Tensor | None:
+        """Return the classes [B], None of an unlabeled set."""
+
+    @property
     def index(self) -> Tensor:
         """Return the global sample indices [B]."""
 
@@ -51,7 +55,7 @@ class Forward:
 
 
 class Method(nn.Module):
-    """A self-supervised objective around a backbone.
+    """An objective around a backbone: self-supervised as a rule, and then it does not look at labels.
 
     Owns no optimizer, logger or loader, and `forward` has no side effect, so that it can be called to
     look at gradients without training.
@@ -60,8 +64,12 @@ class Method(nn.Module):
     encoder: ViT
     # Why there is no compressing its sequences; empty where there is.
     incompressible: ClassVar[str] = ""
+    # How many classes it learns to tell apart; 0 where it takes no labels.
+    classes: int = 0
     # Why the loss of a batch is not the mean of those of its parts; empty where it is.
     whole_batch: str = ""
+    # Of this many samples is what goes through the networks at once a multiple.
+    multiple: int = 1
 
     def views(self) -> Sequence[ViewSpec]:
         """Return the augmented views that a batch must bring."""
@@ -96,6 +104,10 @@ class Method(nn.Module):
     def attached(self) -> dict[int, list[nn.Parameter]]:
         """Return, by layer, parameters outside the layers that learn at the global rate until that layer freezes."""
         return {}
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return parameters without weight decay, whatever their shape."""
+        return []
 
     def last_layer(self) -> list[nn.Parameter]:
         """Return the parameters that learn at `StepPlan.last_layer_rate`."""

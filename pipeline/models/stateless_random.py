@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,23 @@ def residual_scales(index: Tensor, rate: float, depth: int, seed: int, stream: i
     expectation is 1. A pure function of (seed, stream, global sample index, block, branch).
     """
     # Tokens are counted from 0 up, branches from -1 down: no two choices come from one word.
-    words = _words(index, -1 - torch.arange(2 * depth, device=index.device), seed, stream)
-    uniform = ((words >> 11) & ((1 << 53) - 1)).double() / 2**53
+    uniform = uniforms(index, -1 - torch.arange(2 * depth, device=index.device), seed, stream)
     keep = 1 - torch.linspace(0, rate, depth, dtype=torch.float64, device=index.device).repeat_interleave(2)
     return ((uniform < keep) / keep).T.reshape(depth, 2, -1).float()
+
+
+def uniforms(index: Tensor, number: Tensor, seed: int, stream: int | Tensor) -> Tensor:
+    """Draw fp64 numbers in [0, 1) for samples [B] and numbers [n]: [B, n]."""
+    words = _words(index, number, seed, stream)
+    return ((words >> 11) & ((1 << 53) - 1)).double() / 2**53
+
+
+def normals(index: Tensor, count: int, seed: int, stream: int | Tensor) -> Tensor:
+    """Draw fp32 normal numbers for samples [B]: [B, count]; two come from each word, 32 bits for radius and angle."""
+    words = _words(index, torch.arange(-(-count // 2), device=index.device), seed, stream)
+    high, low = ((part & (2**32 - 1)).float() / 2**32 for part in (words >> 32, words))
+    radius, angle = (-2 * (1 - high).clamp_min(2**-25).log()).sqrt(), 2 * math.pi * low
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
 
 
 def _words(index: Tensor, number: Tensor, seed: int, stream: int | Tensor) -> Tensor:
