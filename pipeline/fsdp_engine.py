@@ -91,10 +91,15 @@ class FSDPEngine(TrainingEngine):
             self._shards.step()
         for parameter in self._shards.parameters:
             parameter.grad = None
-        for root in self._followers:
-            # What never has a backward would note every forward of the run.
-            root.reset_iter_state()
+        self._forget_forwards()
         return finite
+
+    def _forget_forwards(self) -> None:
+        """Reset what never has a backward, and would note every forward of the run."""
+        for follower, root in zip(self.method.momentum_encoders(), self._followers, strict=True):
+            if follower.ran:
+                root.reset_iter_state()
+            follower.ran = False
 
     def _let_go(self) -> None:
         self._shards.keep(self._live_names())

@@ -1,7 +1,19 @@
 """RandAugment on views, operator by operator, as PIL does it.
 
-Of a view only what its two drawn operators ask for is done. Mean differences from timm's transform (PIL) with the same
-numbers, in gray levels at 224 pixels: PLACEHOLDER
+Of a view only what its two drawn operators ask for is done. How far the views are from those of timm's transform (PIL)
+with the same numbers of magnitude 9 (gray levels, mean over 128 photographs, views of 224 pixels, on the CPU):
+
+invert, posterize, solarize, solarize_add  0
+auto_contrast                              0.004
+brightness, contrast                       0.01
+color                                      0.2 (the luma is not rounded before it is mixed in)
+sharpness                                  0.3 (nor is the smoothed image; PIL leaves the outermost pixels as they are)
+rotate                                     0.13 (within half a pixel of an edge we mix, PIL does not); bicubic PIL: 2.2
+shear, translate                           0.08 (the same); bicubic PIL: 0.9 to 1.3
+equalize                                   3, worst image 27 (a level becomes the share of those up to it, as in OpenCV;
+                                           in PIL of those below it); 7 after a rotation or a shear, 42 after a shift by
+                                           0.4, whose fill is one frequent level
+whole views, as drawn                      0.5, without those equalized 0.06, median 0.01; bicubic PIL: 1.0, 0.6, 0.01
 """
 
 import math

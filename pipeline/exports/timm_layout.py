@@ -106,7 +106,7 @@ def tensors(encoder: Encoder, form: Form) -> list[Promised]:
 
 
 def _with_classifier(makers: dict[str, Callable[[], Tensor]], encoder: Encoder) -> dict[str, Callable[[], Tensor]]:
-    """Return the makers of an encoder's tensors and its classifier's; a norm of its own stands in the encoder's place."""
+    """Return the makers of the tensors of an encoder with its classifier, whose norm may stand in place of its own."""
     assert encoder.classifier is not None
     ours = [name for name, _ in encoder.classifier.named_parameters()]
     names = {name.replace("linear.", "head.").replace("norm.", "fc_norm."): name for name in ours}

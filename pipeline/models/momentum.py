@@ -48,6 +48,8 @@ class MomentumEncoder:
         self._average = [at_least_fp32(p.detach()).clone() for p in self._parameters]
         # What runs it: the root that ZeRO 3 and FSDP2 need around everything they gather.
         self.root = Root(self.network)
+        # Since whoever wants to know has set it to False.
+        self.ran = False
         self._forwards_in: torch.dtype | None = None
         # What is left of the gap that there was when a parameter stopped learning: every update takes its share.
         self._gaps = [1.0] * len(self._average)
@@ -106,6 +108,7 @@ class MomentumEncoder:
     def __call__(self, forward: Callable[[nn.Module], T]) -> T:
         """Run a forward through the network without recording a graph."""
         (result,) = self.root(forward)
+        self.ran = True
         return cast(T, result)
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.loader import Batch, Loader, LoaderConfig
 from data.manifest import Manifest, SampleIndex
-from data.order import FixedOrder, ShuffledOrder
+from data.order import FixedOrder, ShuffledOrder, SubsetOrder, held_out
 from data.reader import Reader, Sample
 from data.shard import ShardConfig, run
 from data.views import ViewSpec, center_view
@@ -168,6 +168,44 @@ def test_a_fixed_order_ends_by_itself_and_runs_again(make: Any) -> None:
         assert len(views) == 3
         assert torch.equal(views[0], views[1])
         assert labels[0] == labels[1]
+
+
+def fingerprints(loader: Loader, stop: int | None = None) -> list[float]:
+    """Return a number for each image, by which it is known, since the views are always the same."""
+    _, (views,), _ = joined(list(loader.batches(stop=stop)))
+    return views.flatten(1).double().sum(1).tolist()
+
+
+def test_what_is_held_out_is_never_seen(make: Any, drawn_shards: Path) -> None:
+    learned, held = held_out(48, 0.3)
+    known, unknown = (fingerprints(make([center_view(16)], FixedOrder(ids))) for ids in (learned, held))
+    assert len({*known, *unknown}) == 48
+    loader = make([center_view(16)], held_out=0.3, batch_size=20)
+    seen = fingerprints(loader, stop=2 * 34)
+    assert [sorted(epoch) for epoch in (seen[:34], seen[34:])] == [sorted(known)] * 2
+    whole = ShuffledOrder(SampleIndex.load(drawn_shards, Manifest.load(drawn_shards)).counts, 5)
+    assert len(loader.order) == 34
+    for ours, theirs in zip(
+        loader.order.place(np.arange(99)), SubsetOrder(whole, learned).place(np.arange(99)), strict=True
+    ):
+        assert (ours == theirs).all()
+    sample = loader.order.place(np.arange(2 * 34))[1].tolist()
+    assert seen == [known[learned.tolist().index(each)] for each in sample]
+
+
+def test_ranks_and_a_restart_hold_the_same_samples_out(make: Any) -> None:
+    one = joined(list(make(held_out=0.3, batch_size=20).batches(stop=80)))
+    two = [list(make(held_out=0.3, batch_size=20, rank=rank, world_size=2).batches(20, 80)) for rank in range(2)]
+    assert_same(tuple(part(20, 80) for part in cutters(one)), joined(in_global_order(two)))
+
+
+def test_the_largest_share_leaves_one_sample(make: Any) -> None:
+    assert len(make(held_out=float(np.nextafter(1, 0))).order) == 1
+
+
+def test_a_given_order_holds_nothing_out(make: Any) -> None:
+    order = FixedOrder([3, 4])
+    assert make(order=order, held_out=0.9).order is order
 
 
 def test_an_unlabeled_set_has_no_labels(make: Any, drawn_folder: Path, tmp_path: Path) -> None:
@@ -334,6 +372,10 @@ def test_staged_copies_change_no_bit_and_go_in_the_end(make: Any, drawn_shards: 
         ({"hardware_share": 2}, "data.hardware_share: must be 0 to 1, or -1 to measure, not 2"),
         ({"max_bad_samples": -1}, "data.max_bad_samples: must be at least 0, not -1"),
         ({"staging_gigabytes": 0}, "data.staging_gigabytes: must be above 0, not 0"),
+        ({"held_out": 1}, r"data.held_out: must be a share in \[0, 1\), not 1; 0 holds nothing out\.$"),
+        ({"held_out": -0.1}, r"data.held_out: must be a share in \[0, 1\), not -0\.1; 0 holds"),
+        ({"held_out": float("nan")}, r"data.held_out: must be a share in \[0, 1\), not nan; 0 holds"),
+        ({"held_out": 0.1, "staging": "/tmp"}, r"data.staging: must be empty with data.held_out, which leaves .*\.$"),
     ],
 )
 def test_a_bad_setting_is_named(fields: dict[str, Any], message: str) -> None:

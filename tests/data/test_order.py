@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
-from data.order import FixedOrder, ShuffledOrder, hashed, uniforms
+from data.order import FixedOrder, ShuffledOrder, SubsetOrder, hashed, held_out, uniforms
 
 shard_counts = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(sum)
 
@@ -177,3 +178,50 @@ def test_fixed_order_gives_ids_once_in_epoch_zero() -> None:
     assert len(order) == 4
     assert epoch.tolist() == [0, 0, 0]
     assert sample.tolist() == [3, 3, 9]
+
+
+@given(samples=st.integers(0, 300), share=st.floats(0, 1, exclude_max=True), more=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=80, deadline=None)
+def test_what_is_held_out_and_what_is_learned_are_the_whole_set(samples: int, share: float, more: float) -> None:
+    learned, held = held_out(samples, share)
+    assert len(held) == int(samples * share)
+    assert sorted([*learned, *held]) == list(range(samples))
+    # What a growing share holds out stays held out.
+    assert set(held.tolist()) <= set(held_out(samples, max(share, more))[1].tolist())
+
+
+def test_nothing_or_nearly_everything_is_held_out() -> None:
+    assert [len(ids) for ids in held_out(1000, 0.0)] == [1000, 0]
+    assert [len(ids) for ids in held_out(1000, 0.9999)] == [1, 999]
+    for samples in (1, 48, 1024, 50_000):
+        assert len(held_out(samples, np.nextafter(1, 0))[0]) == 1
+
+
+def test_what_is_held_out_lies_everywhere_in_the_set_and_in_an_epoch() -> None:
+    samples = 20_000
+    ids = held_out(samples, 0.1)[1]
+    places = np.argsort(ShuffledOrder([100] * 200, seed=0).permutation(0))[ids]
+    for positions in (ids, places):
+        assert kstest(positions / samples, "uniform").pvalue > 1e-3
+    assert kstest(ids[:200] / samples, "uniform").pvalue > 1e-3
+    # In a random order too.
+    assert abs(np.corrcoef(ids, np.arange(len(ids)))[0, 1]) < 4 / np.sqrt(len(ids))
+
+
+def test_what_is_held_out_is_pinned() -> None:
+    """After a change of these numbers, a run under way would learn from what it is judged on."""
+    assert held_out(12, 0.25)[1].tolist() == [9, 5, 4]
+
+
+@given(counts=shard_counts, seed=st.integers(0, 5), share=st.floats(0, 0.9), start=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_subset_is_the_shuffled_order_without_the_others(
+    counts: list[int], seed: int, share: float, start: int
+) -> None:
+    ids = held_out(sum(counts), share)[0]
+    order, whole = SubsetOrder(ShuffledOrder(counts, seed), ids), ShuffledOrder(counts, seed)
+    assert len(order) == len(ids)
+    epochs = (start + 50) // len(ids) + 1
+    places = [(epoch, sample) for epoch in range(epochs) for sample in epoch_ids(whole, epoch) if sample in ids]
+    epoch, sample = order.place(np.arange(start, start + 50))
+    assert list(zip(epoch.tolist(), sample.tolist(), strict=True)) == places[start : start + 50]

@@ -8,7 +8,15 @@ import torch
 from pipeline import distributed
 from pipeline.engine_config import FSDP2, EngineConfig, Precision
 from pipeline.engines import build_engine
-from pipeline.methods import DINOConfig, LocalMIMConfig, Method, MoCoConfig, SimCLRConfig, build_method
+from pipeline.methods import (
+    DINOConfig,
+    FineTuneDeiTConfig,
+    LocalMIMConfig,
+    Method,
+    MoCoConfig,
+    SimCLRConfig,
+    build_method,
+)
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.pieces import Reader
@@ -18,6 +26,8 @@ from pipeline.training_engine import TrainingEngine
 CONFIGS = {
     "dino": DINOConfig(out_dim=24, hidden_dim=40, bottleneck_dim=16, small_crops=1, small_size=16),
     "localmim": LocalMIMConfig(taps=[1, 2, 3], doublings=[1, 0, -1], decoder_dim=32, decoder_heads=2),
+    # Of which each sample is mixed with another one.
+    "finetune": FineTuneDeiTConfig(classes=8, average=0.9, erasing=0.5),
 }
 
 
@@ -26,6 +36,7 @@ class Batch:
         generator = torch.Generator().manual_seed(step)
         self.views = tuple(torch.randn(8, 3, v.size, v.size, generator=generator) for v in method.views())
         self.index = torch.arange(8) + 8 * step
+        self.labels = torch.arange(8)
 
 
 def make(config: object, micro_batch: int, stage: int | str, clip_each: float = 0.0) -> TrainingEngine:
@@ -48,6 +59,9 @@ def plan(step: int) -> StepPlan:
     [
         ("localmim", 0, 0.0),
         ("localmim", 2, 0.0),
+        ("finetune", 1, 0.0),
+        ("finetune", 3, 0.0),
+        ("finetune", "fsdp2", 0.0),
         ("dino", 1, 0.3),
         ("dino", 2, 0.3),
         ("dino", 3, 0.0),
@@ -87,6 +101,12 @@ def test_other_negatives_are_never_taken_silently(config: object, reason: str) -
 def test_a_part_that_does_not_divide_is_refused_with_the_number() -> None:
     with pytest.raises(ValueError, match=r"must divide the 8 samples that each process takes of a batch, got 3"):
         make(CONFIGS["dino"], 3, 1)
+
+
+def test_halves_of_a_pair_are_never_in_different_parts() -> None:
+    with pytest.raises(ValueError, match=r"engine\.micro_batch must give the networks a multiple of 2 .*, got 1; take"):
+        make(CONFIGS["finetune"], 1, 1)
+    make(FineTuneDeiTConfig(classes=8, mixup=0.0, cutmix=0.0), 1, 1)
 
 
 def test_the_whole_batch_may_be_said_for_every_method() -> None:

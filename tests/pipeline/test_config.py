@@ -189,6 +189,19 @@ def test_what_is_quoted_is_not_quoted_again(word: str) -> None:
     assert load("shard", [f"source={word}", "output=x"]).source == "a b"
 
 
+@pytest.mark.parametrize(
+    ("said", "texts"),
+    [
+        ("[batch_size=512,optim.betas=[0.9,0.95]]", ["batch_size=512", "optim.betas=[0.9,0.95]"]),
+        ("['a,b',c=d e, \"f\"]", ["a,b", "c=d e", "f"]),
+        ("[method.taps=[1,2],method.doublings=[1,0]]", ["method.taps=[1,2]", "method.doublings=[1,0]"]),
+        ("[]", []),
+    ],
+)
+def test_lists_of_texts_may_hold_words_of_commands(said: str, texts: list[str]) -> None:
+    assert load("evaluate", ["run=r", f"finetune.words={said}"]).finetune.words == texts
+
+
 def test_interpolations_are_resolved() -> None:
     config = load("shard", ["source=${output}", "output=ü", "labels=${output}/labels"])
     assert (config.source, config.labels) == ("ü", "ü/labels")

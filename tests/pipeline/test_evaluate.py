@@ -14,6 +14,7 @@ from data.shard import run as shard
 from pipeline import distributed, evaluate
 from pipeline.checkpoint import TrainState
 from pipeline.compose import load
+from pipeline.networks import encoder_of
 from pipeline.parts import build
 from pipeline.preemption import SIGNALS, StopRequest
 from pipeline.run_directory import RunDirectory
@@ -57,12 +58,12 @@ def test_latest_checkpoint_by_a_held_out_fifth(runs: Path) -> None:
 def test_untrained_and_trained_encoders_differ(runs: Path) -> None:
     config = load("evaluate", ["run=r", f"runs={runs}", "checkpoint=init"])
     training = load("train", [*RUN, "run=r", f"runs={runs}"])
-    before, name = evaluate.load_encoder(config, training)
+    before, name = evaluate.load_networks(config, training)
     assert name == "init"
     config.checkpoint = "2"
-    after, _ = evaluate.load_encoder(config, training)
-    assert not torch.equal(before.blocks[0].attn.qkv.weight, after.blocks[0].attn.qkv.weight)
-    assert torch.equal(before.patch.weight, after.patch.weight)
+    after, _ = evaluate.load_networks(config, training)
+    assert not torch.equal(before.encoder.blocks[0].attn.qkv.weight, after.encoder.blocks[0].attn.qkv.weight)
+    assert torch.equal(before.encoder.patch.weight, after.encoder.patch.weight)
 
 
 def test_other_shards_as_queries(runs: Path, tmp_path: Path) -> None:
@@ -136,7 +137,8 @@ def test_another_encoder_has_a_result_of_its_own(runs: Path) -> None:
     kernels = []
     for which in ("representation", "online", "momentum"):
         config = load("evaluate", ["run=r", f"runs={runs}", "checkpoint=2", f"encoder={which}"])
-        kernels.append(evaluate.load_encoder(config, training)[0].blocks[0].attn.qkv.weight)
+        method, _ = evaluate.load_networks(config, training)
+        kernels.append(encoder_of(method, config.encoder).blocks[0].attn.qkv.weight)
     # MoCo-v3 is judged by its online encoder.
     assert torch.equal(kernels[0], kernels[1])
     assert not torch.equal(kernels[1], kernels[2])

@@ -19,7 +19,16 @@ from pipeline.compression.schedule import compression
 from pipeline.engine_config import FSDP2, EngineConfig, Precision, Zero3
 from pipeline.engines import build_engine
 from pipeline.flops import COUNT_EVERY, StepFlops, step_flops
-from pipeline.methods import DINOConfig, LocalMIMConfig, Method, MoCoConfig, SimCLRConfig, build_method
+from pipeline.methods import (
+    DINOConfig,
+    FineTuneDeiTConfig,
+    FineTuneMAEConfig,
+    LocalMIMConfig,
+    Method,
+    MoCoConfig,
+    SimCLRConfig,
+    build_method,
+)
 from pipeline.methods.moco import MoCo
 from pipeline.models.momentum import CLOSED
 from pipeline.models.vit import Positions, ViT, ViTConfig
@@ -32,7 +41,10 @@ TOLERANCE = 0.005
 WHOLE = Compression()
 CRUSHED = compression(16, 0.5)
 DINO = DINOConfig(out_dim=256, hidden_dim=64, bottleneck_dim=32, small_crops=3, small_size=16)
+TUNED = {"classes": 40, "average": 0.0}
 METHODS = {
+    "finetune_deit": FineTuneDeiTConfig(**TUNED),
+    "finetune_mae": FineTuneMAEConfig(**TUNED),
     "moco": MoCoConfig(hidden_dim=128, out_dim=32),
     "moco that learns its projection": MoCoConfig(hidden_dim=128, out_dim=32, freeze_patch_projection=False),
     "moco-symmetric": MoCoConfig(hidden_dim=128, out_dim=32, symmetric=True),
@@ -47,6 +59,7 @@ LOCALMIM = LocalMIMConfig(taps=[1, 2, 3], doublings=[1, 0, -1], decoder_dim=32, 
 class Crops:
     views: tuple[Tensor, ...]
     index: Tensor
+    labels: Tensor
 
 
 def make(config: object, **model: object) -> Method:
@@ -67,7 +80,7 @@ def counted(method: Method, plan: StepPlan) -> int:
         parameter.requires_grad_(False)
     views = tuple(torch.randn(SAMPLES, 3, view.size, view.size) for view in method.views())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        method(Crops(views, torch.arange(SAMPLES)), plan).loss.backward()
+        method(Crops(views, torch.arange(SAMPLES), torch.arange(SAMPLES)), plan).loss.backward()
     return int(counter.get_total_flops())
 
 

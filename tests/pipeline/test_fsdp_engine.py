@@ -47,6 +47,7 @@ SCRIPT = """
     class Batch:
         views: tuple
         index: torch.Tensor
+        labels: object = None
 
     def batch(method, step):
         generator = torch.Generator().manual_seed(2 * step + world.rank)

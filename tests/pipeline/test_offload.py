@@ -39,6 +39,7 @@ SCRIPT = """
     class Batch:
         views: tuple
         index: torch.Tensor
+        labels: object = None
 
     def mine(tensor):
         return tensor[world.rank * LOCAL : (world.rank + 1) * LOCAL]

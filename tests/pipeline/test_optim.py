@@ -31,6 +31,17 @@ def test_vectors_can_be_left_out_of_weight_decay_and_the_last_layer_is_a_group(m
     assert sorted(members) == sorted(id(p) for p in moco.parameters() if p.requires_grad)
 
 
+def test_what_never_decays_is_with_the_vectors(make_moco: Callable[..., MoCo]) -> None:
+    moco = make_moco()
+    token = moco.encoder.class_token
+    for decay_vectors in (False, True):
+        groups = parameter_groups(moco.layers(), moco.parameters(), decay_vectors=decay_vectors, undecayed=[token])
+        assert [p.shape for g in groups if g["name"] == f"layer00{VECTORS}" for p in g["params"]] == [token.shape]
+        assert any(g["name"] == f"layer01{VECTORS}" for g in groups) is not decay_vectors
+        members = [id(p) for g in groups for p in g["params"]]
+        assert sorted(members) == sorted(id(p) for p in moco.parameters() if p.requires_grad)
+
+
 def test_the_optimizer_has_the_configs_numbers(make_moco: Callable[..., MoCo]) -> None:
     moco = make_moco()
     groups = parameter_groups(moco.layers(), moco.parameters())

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.compression import Compression, PatchScaling, Stage, Staged
 from pipeline.compression.schedule import compression
-from pipeline.freezing import Curve, FreezeOut
+from pipeline.freezing import Curve, FreezeOut, NoFreeze
 from pipeline.optim import OptimConfig
 from pipeline.schedules import WARMUP_START, Budget, RateConfig, Schedules, Shape, Unit
 
@@ -55,6 +55,22 @@ def test_cosine_after_linear_warmup() -> None:
     assert rate.decay(0.6) == pytest.approx(0.5)
     assert rate.decay(0.4) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert rate.decay(1.0) == 0.0
+
+
+def test_layers_learn_slower_the_farther_they_are_from_the_heads() -> None:
+    rate = RateConfig(base=1e-3, warmup=0.2, layer_decay=0.5)
+    plan = schedules(rate=rate, freeze=NoFreeze()).at(0.2)
+    assert plan.layer_rates == pytest.approx((2e-3 / 8, 2e-3 / 4, 2e-3 / 2))
+    assert plan.learning_rate == 2e-3
+    # The same share at any time, and nothing of what is frozen.
+    frozen = schedules(rate=rate).at(0.7)
+    whole = schedules(rate=RateConfig(base=1e-3, warmup=0.2)).at(0.7)
+    assert frozen.layer_rates[0] == whole.layer_rates[0] == 0
+    assert frozen.layer_rates[1:] == pytest.approx(
+        [r * f for r, f in zip(whole.layer_rates[1:], (0.25, 0.5), strict=True)]
+    )
+    with pytest.raises(ValueError, match=r"rate\.layer_decay must be in \(0, 1\], got 0; 0\.65 to 0\.75 are usual"):
+        RateConfig(layer_decay=0.0)
 
 
 def test_polynomial_stays_above_cosine_late() -> None:

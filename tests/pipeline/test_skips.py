@@ -11,6 +11,7 @@ import torch
 
 from data.loader import Loader, LoaderConfig
 from data.manifest import Manifest
+from data.order import ShuffledOrder
 from data.views import center_view
 from pipeline.preemption import ProcessFailedError
 from pipeline.skips import SkippedSteps, find_samples
@@ -20,9 +21,13 @@ GOOD = StepResult(torch.tensor(1.5), {}, applied=True)
 BAD = StepResult(torch.tensor(float("nan")), {}, applied=False)
 
 
+def order_of(shards: Path) -> ShuffledOrder:
+    return ShuffledOrder([shard.samples for shard in Manifest.load(shards).shards], seed=5)
+
+
 @pytest.fixture
 def skips(tmp_path: Path, drawn_shards: Path) -> SkippedSteps:
-    return SkippedSteps(3, tmp_path, Manifest.load(drawn_shards), seed=5)
+    return SkippedSteps(3, tmp_path, Manifest.load(drawn_shards), order_of(drawn_shards))
 
 
 def test_an_isolated_skip_is_said_once_with_its_step(
@@ -68,7 +73,7 @@ def test_the_samples_of_a_bad_batch_are_those_that_the_loader_read(drawn_shards:
         loader.close()
     for batch in batches:
         assert batch.labels is not None
-        named = find_samples(manifest, 5, batch.index)
+        named = find_samples(manifest, order_of(drawn_shards), batch.index)
         assert len(set(named)) == 16
         assert [label_of(drawn_shards, name) for name in named] == batch.labels.tolist()
 
@@ -84,7 +89,7 @@ def label_of(shards: Path, name: str) -> int:
 
 def test_what_an_earlier_life_left_is_deleted_at_the_start(tmp_path: Path, drawn_shards: Path) -> None:
     (tmp_path / "bad_batch.json").write_text("{}")
-    SkippedSteps(3, tmp_path, Manifest.load(drawn_shards), seed=5)
+    SkippedSteps(3, tmp_path, Manifest.load(drawn_shards), order_of(drawn_shards))
     assert not list(tmp_path.iterdir())
 
 
@@ -93,6 +98,7 @@ ON_TWO = """
     from types import SimpleNamespace
     import torch
     from data.manifest import Manifest
+    from data.order import ShuffledOrder
     from pipeline import distributed
     from pipeline.training_engine import StepResult
     from pipeline.preemption import ProcessFailedError
@@ -101,7 +107,9 @@ ON_TWO = """
     world = distributed.start()
     loss = torch.tensor([1.5, float("inf")][world.rank])
     batch = SimpleNamespace(index=10 * world.rank + torch.arange(3))
-    skips = SkippedSteps(1, Path({folder!r}), Manifest.load(Path({shards!r})), seed=5)
+    manifest = Manifest.load(Path({shards!r}))
+    order = ShuffledOrder([shard.samples for shard in manifest.shards], seed=5)
+    skips = SkippedSteps(1, Path({folder!r}), manifest, order)
     try:
         skips.watch(7, StepResult(loss, {{}}, applied=False), batch)
     except (ProcessFailedError, SystemExit) as end:

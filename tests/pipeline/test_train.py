@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.compose import load
-from pipeline.evaluate import load_encoder
+from pipeline.evaluate import load_networks
 from pipeline.evaluate import run as evaluate
 from pipeline.identity import identity
 from pipeline.parts import build_schedules
@@ -203,7 +203,7 @@ def test_every_method_resumes_bit_for_bit_and_evaluates_what_it_should(train: Tr
 
     where = [f"run={whole.directory.name}", f"runs={whole.directory.parent}"]
     training = load("train", read_overrides(whole.directory))
-    encoder, _ = load_encoder(load("evaluate", where), training)
+    encoder = load_networks(load("evaluate", where), training)[0].representation
     prefix = "state/" if name == "dino" else "weight/"
     key = f"{prefix}encoder.blocks.1.mlp.fc1.weight"
     assert torch.equal(encoder.blocks[1].mlp.fc1.weight, final_tensors(whole.directory)[key])

@@ -40,6 +40,7 @@ class Crops:
 
     views: tuple[torch.Tensor, ...]
     index: torch.Tensor
+    labels: torch.Tensor | None = None
 
 
 # --- A scripted surface ------------------------------------------------------------------------------------------

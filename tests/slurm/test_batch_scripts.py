@@ -122,6 +122,14 @@ def test_single_task_scripts_hand_everything_on(command, desk, tmp_path):
     assert task["argv"] == [command, "source=/a b"]
 
 
+def test_an_evaluation_that_is_asked_to_leave_comes_back(desk):
+    body = '[[ -n ${SLURM_RESTART_COUNT:-} ]] && exit 0\nmkdir -p "$RUN/eval" && touch "$RUN/eval/part"\nexit 75'
+    job = desk.submit(body, "run=a", f"runs={desk.directory}/runs", script="evaluate.sbatch")
+    ended = desk.slurm.wait(job, "COMPLETED", "FAILED")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), desk.log.read_text()
+    assert not os.listdir(desk.directory / "runs" / ".lives")
+
+
 @pytest.mark.parametrize("ending", ["exit 75", "exit 76", "kill -KILL $$"])
 def test_a_saved_hung_or_killed_run_comes_back_until_it_is_done(ending, desk):
     job = desk.train(f"[[ -n ${{SLURM_RESTART_COUNT:-}} ]] && exit 0\n{ADVANCE}{ending}")

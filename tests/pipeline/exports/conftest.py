@@ -15,7 +15,7 @@ from pipeline.compose import load
 from pipeline.compression import Compression, PatchScaling
 from pipeline.config import TrainConfig
 from pipeline.engines import build_engine
-from pipeline.methods import Method, build_method
+from pipeline.methods import FineTune, Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.networks import networks
 
@@ -50,6 +50,9 @@ METHODS = {
         "method.decoder_dim=32",
         "method.decoder_heads=2",
     ],
+    # Drawn shards have four classes.
+    "finetune_deit": ["method=finetune_deit", "method.classes=4"],
+    "finetune_mae": ["method=finetune_mae", "method.classes=4", "method.average=0.9"],
 }
 
 
@@ -66,8 +69,11 @@ class SavedRun:
         return self.runs / "r"
 
     def features(self, which: str, images: torch.Tensor, patch_size: int = 0) -> torch.Tensor:
-        """Return what evaluation would make of images, by the encoder of a name."""
+        """Return what evaluation would make of images, by the encoder of a name; logits of a run that fine-tunes."""
         method = networks(self.training, self.checkpoint)
+        if isinstance(method, FineTune):
+            with torch.no_grad():
+                return method.eval().logits(images, torch.arange(len(images)), averaged=which == "momentum")
         encoder = {
             "representation": lambda: method.representation,
             "online": lambda: method.encoder,

@@ -87,6 +87,12 @@ CASES = [
     # No position of the class token, scaled layers; a norm in front and no bias of the projection.
     *(Case("simclr", "timm", patch_size=16, words=(DEIT3, *more)) for more in ((), (LEARNED,))),
     Case("simclr", "torch", words=("model.name=vit_base_patch16_clip_224", LEARNED)),
+    # With classifiers: of the class token, and of the mean patch after a norm that stands in the encoder's place.
+    *(
+        Case(method, format, encoder)
+        for method in ("finetune_deit", "finetune_mae")
+        for format, encoder in (("timm", "representation"), ("timm", "momentum"), ("torch", "online"))
+    ),
     # Masters in fp32, of which evaluation takes all digits.
     Case("moco", "timm", "representation", words=("engine.precision=bf16",)),
 ]

@@ -9,23 +9,24 @@ CODE = """
 import torch
 from pipeline.compression.schedule import compression
 from pipeline.distributed import rank, start, world_size
-from pipeline.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, build_method
+from pipeline.methods import DINOConfig, FineTuneDeiTConfig, MoCoConfig, SimCLRConfig, build_method
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.schedules import StepPlan
 
 class Crops:
     def __init__(self, views, index):
-        self.views, self.index = views, index
+        self.views, self.index, self.labels = views, index, index % 5
 
 start()
 torch.manual_seed(0)
 dino = DINOConfig(out_dim=24, hidden_dim=40, bottleneck_dim=16, small_crops=2, small_size=16)
 moco, simclr = MoCoConfig(hidden_dim=64, out_dim=32, symmetric=True), SimCLRConfig(hidden_dim=64, out_dim=32)
-config = {"moco": moco, "simclr": simclr, "dino": dino}[METHOD]
+finetune = FineTuneDeiTConfig(classes=5, average=0.9)
+config = {"moco": moco, "simclr": simclr, "dino": dino, "finetune": finetune}[METHOD]
 method = build_method(config, ViT(ViTConfig("vit_tiny_patch16_224", 32, 8, 48, 3, 3), seed=0)).double()
 method.prepare(torch.device("cpu"), torch.float64)
 views = tuple(torch.randn(8, 3, v.size, v.size, dtype=torch.float64) for v in method.views())
-mine = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
+mine = slice(rank(), None, world_size())
 query = compression(16, 0.5)
 plan = StepPlan(0.5, 1e-3, 0.1, 0.99, (1e-3,) * 4, query, method.key_compression(query), 1e-3, 0.07)
 output = method(Crops(tuple(v[mine] for v in views), torch.arange(8)[mine]), plan)
@@ -43,7 +44,7 @@ if rank() == 0:
 """
 
 
-@pytest.mark.parametrize("method", ["moco", "simclr", "dino"])
+@pytest.mark.parametrize("method", ["moco", "simclr", "dino", "finetune"])
 def test_two_processes_are_one(run_ranks, tmp_path: Path, method: str) -> None:
     saved = []
     for ranks in (1, 2):

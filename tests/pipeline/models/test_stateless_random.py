@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from scipy.stats import binom, chi2
+from scipy.stats import binom, chi2, kstest, norm
 
-from pipeline.models.stateless_random import random_subset, residual_scales
+from pipeline.models import stateless_random
+from pipeline.models.stateless_random import normals, random_subset, residual_scales, uniforms
 
 CONFIDENCE = 1e-3
 
@@ -123,3 +124,72 @@ def test_what_is_dropped_depends_on_the_sample_alone() -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_rate_of_zero_drops_nothing(depth: int) -> None:
     assert torch.equal(residual_scales(torch.arange(99), 0.0, depth, 0, 0), torch.ones(depth, 2, 99))
+
+
+def test_normals_are_normal() -> None:
+    drawn = normals(torch.arange(1000), 201, seed=0, stream=3)
+    assert drawn.shape == (1000, 201)
+    assert drawn.dtype == torch.float32
+    # Of both kinds, by cosine and by sine.
+    for some in (drawn[:, :101], drawn[:, 101:], drawn[:, :1], drawn[:1]):
+        assert kstest(some.flatten().double().numpy(), norm.cdf).pvalue > CONFIDENCE
+    # Tails of a share of 1e-3 and 1e-4.
+    for share in (1e-3, 1e-4):
+        low, high = binom.ppf([CONFIDENCE / 2, 1 - CONFIDENCE / 2], drawn.numel(), share)
+        assert low <= int((drawn.abs() > norm.isf(share / 2)).sum()) <= high
+
+
+def test_normals_are_independent() -> None:
+    """Of the other one of their word, their neighbors, and those of other samples, seeds and streams."""
+    index, count = torch.arange(500), 200
+    drawn = normals(index, count, seed=0, stream=0)
+    first, second = drawn.chunk(2, 1)
+    pairs = [(first, second), (drawn[:, 1:], drawn[:, :-1]), (drawn[1:], drawn[:-1])]
+    pairs += [(drawn, normals(index, count, seed, stream)) for seed, stream in ((1, 0), (0, 1))]
+    for one, other in pairs:
+        for change in (torch.clone, torch.square):
+            both = torch.stack([change(one).flatten(), change(other).flatten()])
+            # Five standard errors of the correlation of independent numbers.
+            assert abs(float(torch.corrcoef(both)[0, 1])) < 5 / math.sqrt(both.shape[1])
+
+
+def test_normals_depend_on_sample_seed_and_stream_alone() -> None:
+    index = torch.arange(1000, 1064)
+    whole = normals(index, 30, seed=2, stream=1)
+    for part in (index[0::2], index[1::2], index.flip(0)):
+        assert torch.equal(normals(part, 30, 2, 1), whole[part - 1000])
+    for other in (normals(index + 64, 30, 2, 1), normals(index, 30, 3, 1), normals(index, 30, 2, 2)):
+        assert float((other == whole).float().mean()) < 0.01
+    streams = torch.tensor([1, 4]).repeat_interleave(64)
+    assert torch.equal(normals(index.repeat(2), 30, 2, streams), torch.cat([whole, normals(index, 30, 2, 4)]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8])
+def test_of_an_odd_count_the_last_one_is_left_out(count: int) -> None:
+    drawn = normals(torch.arange(5), count, seed=0, stream=0)
+    assert drawn.shape == (5, count)
+    assert torch.equal(drawn, normals(torch.arange(5), count + count % 2, seed=0, stream=0)[:, :count])
+
+
+def test_no_word_makes_an_infinite_normal_or_a_uniform_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ends of both halves of a word, and of its sign.
+    ends = [0, 1, 2**31 - 1, 2**31, 2**32 - 256, 2**32 - 1]
+    words = torch.tensor([[(high << 32) + low for high in ends for low in ends]], dtype=torch.uint64).view(torch.int64)
+    monkeypatch.setattr(stateless_random, "_words", lambda *_: words)
+    drawn = normals(torch.arange(1), 2 * words.numel(), 0, 0)
+    assert bool(drawn.isfinite().all())
+    # A radius of 25 bits.
+    assert float(drawn.abs().max()) == pytest.approx(math.sqrt(50 * math.log(2)))
+    radius = drawn.double().square().view(2, -1).sum(0).sqrt().view(len(ends), -1)
+    expected = [math.sqrt(-2 * math.log(max(1 - high / 2**32, 2**-25))) for high in ends]
+    torch.testing.assert_close(radius[:, 0], torch.tensor(expected).double(), atol=1e-4, rtol=0)
+    numbers = uniforms(torch.arange(1), torch.arange(1), 0, 0)
+    assert numbers.dtype == torch.float64
+    assert float(numbers.min()) == 0
+    assert float(numbers.max()) == 1 - 2**-53
+
+
+def test_uniforms_are_uniform() -> None:
+    drawn = uniforms(torch.arange(500), torch.arange(-20, 20), seed=0, stream=0)
+    assert drawn.shape == (500, 40)
+    assert kstest(drawn.flatten().numpy(), "uniform").pvalue > CONFIDENCE
