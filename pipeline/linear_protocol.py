@@ -129,7 +129,8 @@ class LinearProtocol:
     @torch.no_grad()
     def _judge(self, split: Split, numbers: Sequence[int]) -> list[Scores]:
         """Return what the classifiers of these numbers get right."""
-        features, labels = extract_share(self._encoder, split.data, split.ids, self._world, self._encode)
+        how = self._config.recipe.judged
+        features, labels = extract_share(self._encoder, split.data, split.ids, self._world, self._encode, how)
         scores = [Scores.none(self._classes) for _ in numbers]
         self._classifiers.eval()
         # Logits of many classes take more memory than features.

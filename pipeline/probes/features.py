@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -58,7 +59,12 @@ def gathered(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def extract_share(
-    encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World, encode: Encode | None = None
+    encoder: ViT,
+    config: LoaderConfig,
+    ids: np.ndarray,
+    world: World,
+    encode: Encode | None = None,
+    interpolation: str = "bicubic",
 ) -> tuple[Tensor, Tensor]:
     """Return fp32 features [n, D] and labels [n] of every `world.size`-th sample, with n alike on every process.
 
@@ -69,7 +75,7 @@ def extract_share(
     """
     share = -(-len(ids) // world.size)
     mine = np.resize(ids, share * world.size)[world.rank :: world.size]
-    view = center_view(encoder.config.image_size)
+    view = replace(center_view(encoder.config.image_size), interpolation=interpolation)
     loader = Loader(config, [view], FixedOrder(mine), seed=0, batch_size=BATCH_SIZE, device=world.device)
     try:
         with resting(encoder):

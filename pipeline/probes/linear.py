@@ -37,18 +37,22 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a protocol says: rate for a batch of 256, epochs, and of those to warm up; how images are resized."""
+    """What a protocol says: rate for a batch of 256, epochs, and of those to warm up; how images are resized.
+
+    ``judged``: how those are resized on which it is judged.
+    """
 
     rate: float
     epochs: int
     warmup: int
     interpolation: str
+    judged: str = "bicubic"
     normalizes: bool = False
 
 
 # Chen et al., 2021, and the code of MoCo-v3; Caron et al., 2021, and the code of DINO; He et al., 2022, Appendix A.1.
 RECIPES = {
-    Form.moco: Recipe(3.0, 90, 0, "bilinear"),
+    Form.moco: Recipe(3.0, 90, 0, "bilinear", "bilinear"),
     Form.dino: Recipe(0.001, 100, 0, "bilinear"),
     Form.mae: Recipe(0.1, 90, 10, "bicubic", normalizes=True),
 }

@@ -237,9 +237,8 @@ def by_hand(method: Method, crops: Crops, plan: StepPlan, parts: int) -> torch.T
     """Return the gradients [parts, P] of sub-batches by plain backward passes, frozen layers and all."""
     still = {id(p) for layer in method.layers()[: plan.frozen_layers] for p in layer}
     rows = []
-    size = len(crops.index) // parts
     for i in range(parts):
-        piece = slice(i * size, (i + 1) * size)
+        piece = slice(i, None, parts)
         method.zero_grad(set_to_none=True)
         method(Crops(tuple(v[piece] for v in crops.views), crops.index[piece]), plan).loss.backward()
         learning = [p for p in method.parameters() if p.requires_grad and id(p) not in still]

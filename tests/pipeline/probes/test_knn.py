@@ -10,7 +10,7 @@ import torch
 from data.loader import LoaderConfig
 from pipeline.distributed import World
 from pipeline.models.vit import ViT, ViTConfig
-from pipeline.probes.features import NONE, extract
+from pipeline.probes.features import NONE, extract, extract_share
 from pipeline.probes.knn import KNNProbe, ProbeConfig, knn_accuracy, knn_scores
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -92,6 +92,15 @@ def test_features_are_of_the_asked_samples_in_order(vit: ViT, drawn_shards: Path
     assert torch.equal(some_labels, labels[[30, 3, 17]])
     torch.testing.assert_close(some, features[[30, 3, 17]], atol=1e-5, rtol=1e-5)
     assert vit.training
+
+
+def test_images_are_resized_as_the_protocol_says(vit: ViT, drawn_shards: Path) -> None:
+    data, ids = LoaderConfig(str(drawn_shards), threads=1), torch.arange(6).numpy()
+    usual, bicubic, bilinear = (
+        extract_share(vit, data, ids, WORLD, None, *how)[0] for how in ((), ("bicubic",), ("bilinear",))
+    )
+    assert torch.equal(usual, bicubic)
+    assert (usual - bilinear).abs().max() > 1e-3
 
 
 def test_broken_samples_are_left_out(vit: ViT, drawn_shards: Path, damaged_shards: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.distributed import World
 from pipeline.linear_protocol import LinearProtocol, Split
 from pipeline.models.vit import ViT, ViTConfig
 from pipeline.probes import linear
-from pipeline.probes.linear import Classifiers, Form, LinearConfig, Trainer, best_of, features_of, width_of
+from pipeline.probes.linear import RECIPES, Classifiers, Form, LinearConfig, Trainer, best_of, features_of, width_of
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -77,6 +77,15 @@ def test_rates_by_hand() -> None:
     assert mae.rate(1.0, 10 / 90) == pytest.approx(6.4)
     assert mae.rate(1.0, 50 / 90) == pytest.approx(3.2)
     assert LinearConfig(Form.dino, batch_size=256).rate(1.0, 0.5) == pytest.approx(0.0005)
+
+
+def test_how_images_are_resized_in_training_and_where_it_is_judged() -> None:
+    resized = {form.value: (recipe.interpolation, recipe.judged) for form, recipe in RECIPES.items()}
+    assert resized == {
+        "moco": ("bilinear", "bilinear"),
+        "dino": ("bilinear", "bicubic"),
+        "mae": ("bicubic", "bicubic"),
+    }
 
 
 def test_statistics_are_those_of_torchs_batch_norm() -> None:
