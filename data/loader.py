@@ -146,7 +146,7 @@ class Loader:
     def _decoding(self) -> Decoding:
         """Say how the GPU decodes; a long run measures first what share of it the JPEG engine should do."""
         largest, share = (self.manifest.max_height, self.manifest.max_width), self._config.hardware_share
-        if share < 0 and self._pipeline_device.type == "cuda" and isinstance(self._order, ShuffledOrder):
+        if share < 0 and self._pipeline_device.type == "cuda" and not isinstance(self._order, FixedOrder):
             read = self._reader.read(range(min(self.num_samples, _PROBED_IMAGES)))
             images = [each.image for each in read if isinstance(each, Sample)]
             batch_size, threads = min(_PROBED_IMAGES, self._batch_size // self._world_size), self._threads
@@ -264,12 +264,7 @@ class _Flow:
 
 def _order(config: LoaderConfig, index: SampleIndex, seed: int) -> Order:
     whole = ShuffledOrder(index.counts, seed)
-    if not config.held_out:
-        return whole
-    learned, _ = held_out(len(whole), config.held_out)
-    if not len(learned):
-        raise ValueError(f"data.held_out={config.held_out:g} of {len(whole)} samples leaves none to learn from.")
-    return SubsetOrder(whole, learned)
+    return SubsetOrder(whole, held_out(len(whole), config.held_out)[0]) if config.held_out else whole
 
 
 def _load(shards: str) -> tuple[Manifest, SampleIndex]:

@@ -169,8 +169,8 @@ class InterleavedPixels:
 
 def _warped(channel: Any, matrix: Any, fill: int) -> Any:
     """Warp one channel [S, S, 1]; each has a fill of its own, of which DALI's operator takes one number."""
-    # In float, which is faster than rounding; the fill must survive the truncation.
-    warped = fn.warp_affine(channel, matrix=matrix, inverse_map=True, fill_value=fill + 0.5, dtype=types.FLOAT)
+    # In float, which is faster than rounding; a whole number survives the truncation.
+    warped = fn.warp_affine(channel, matrix=matrix, inverse_map=True, fill_value=fill, dtype=types.FLOAT)
     return fn.cast(warped - TRUNCATION, dtype=types.UINT8)
 
 
