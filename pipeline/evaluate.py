@@ -171,8 +171,8 @@ def _fine_tune(config: EvaluateConfig, training: TrainConfig, support: Split, qu
 
 def by_neighbors(config: EvaluateConfig, encoder: ViT, support: Split, queries: Split, world: World) -> Result:
     """Return what weighted k-NN gets right, by k."""
-    known = extract_share(encoder, support.data, support.ids, world)
-    asked = extract(encoder, queries.data, queries.ids, world)
+    known = extract_share(encoder, support.data, support.ids, world, title="support")
+    asked = extract(encoder, queries.data, queries.ids, world, title="queries")
     classes = len(Manifest.load(Path(support.data.shards)).classes)
     return Result("knn", {str(k): scores for k, scores in knn_scores(known, asked, config.k, classes).items()})
 

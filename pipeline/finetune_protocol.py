@@ -179,7 +179,7 @@ def _scores(method: FineTune, queries: Split, world: World, *, averaged: bool) -
     def encode(images: Tensor, index: Tensor) -> Tensor:
         return method.logits(images, index, averaged=averaged)
 
-    logits, labels = extract_share(method.encoder, queries.data, queries.ids, world, encode)
+    logits, labels = extract_share(method.encoder, queries.data, queries.ids, world, encode, title="queries")
     ranking = logits.topk(min(MOST, method.classes)).indices
     return Scores.of(ranking, labels, method.classes).of_all_ranks()
 

@@ -130,7 +130,9 @@ class LinearProtocol:
     def _judge(self, split: Split, numbers: Sequence[int]) -> list[Scores]:
         """Return what the classifiers of these numbers get right."""
         how = self._config.recipe.judged
-        features, labels = extract_share(self._encoder, split.data, split.ids, self._world, self._encode, how)
+        features, labels = extract_share(
+            self._encoder, split.data, split.ids, self._world, self._encode, how, title="judging"
+        )
         scores = [Scores.none(self._classes) for _ in numbers]
         self._classifiers.eval()
         # Logits of many classes take more memory than features.

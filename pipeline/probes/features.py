@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.loader import Batch, Loader, LoaderConfig
 from data.order import FixedOrder
@@ -41,7 +42,9 @@ def resting(encoder: ViT) -> Iterator[None]:
         encoder.train(training)
 
 
-def extract(encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World) -> tuple[Tensor, Tensor]:
+def extract(
+    encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World, *, title: str = ""
+) -> tuple[Tensor, Tensor]:
     """Return fp32 features [N, D] and labels [N] of the given samples, on every process, in the order of the samples.
 
     Samples that broke after sharding, which the log names, are left out. Images are resized and cropped at the center.
@@ -49,7 +52,7 @@ def extract(encoder: ViT, config: LoaderConfig, ids: np.ndarray, world: World) -
     Raises:
         ValueError: the shards carry no labels.
     """
-    return gathered(*extract_share(encoder, config, ids, world))
+    return gathered(*extract_share(encoder, config, ids, world, title=title))
 
 
 def gathered(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,10 +68,13 @@ def extract_share(
     world: World,
     encode: Encode | None = None,
     interpolation: str = "bicubic",
+    *,
+    title: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Return fp32 features [n, D] and labels [n] of every `world.size`-th sample, with n alike on every process.
 
-    What does not count has the label `NONE`. The features are the class token unless `encode` has others.
+    What does not count has the label `NONE`. The features are the class token unless `encode` has others. With a title
+    the main process shows on its terminal how far it is.
 
     Raises:
         ValueError: the shards carry no labels.
@@ -79,7 +85,8 @@ def extract_share(
     loader = Loader(config, [view], FixedOrder(mine), seed=0, batch_size=BATCH_SIZE, device=world.device)
     try:
         with resting(encoder):
-            features, labels = _encode(encode or class_token(encoder), loader.batches(stop=share), config.shards)
+            batches = _watched(loader.batches(stop=share), -(-share // BATCH_SIZE), title if world.is_main else "")
+            features, labels = _encode(encode or class_token(encoder), batches, config.shards)
         # Replaced by others, which would count twice.
         labels[[loader.is_bad(int(sample)) for sample in mine]] = NONE
     finally:
@@ -92,6 +99,11 @@ def _in_order(share: Tensor) -> Tensor:
     """Return what all processes have [W * n, ...], from every `W`-th of it [n, ...]."""
     everything = gather(share)
     return everything.view(-1, *share.shape).transpose(0, 1).flatten(0, 1)
+
+
+def _watched(batches: Iterator[Batch], total: int, title: str) -> Iterator[Batch]:
+    # On a terminal, if it has a name.
+    return iter(tqdm(batches, desc=title, total=total, unit=" batches", disable=None if title else True))
 
 
 @torch.no_grad()
