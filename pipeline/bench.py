@@ -10,6 +10,7 @@ from pipeline import distributed
 from pipeline.benchmarks.checkpoint import bench_checkpoint
 from pipeline.benchmarks.freezing import bench_freezing
 from pipeline.benchmarks.loader import bench_loader
+from pipeline.benchmarks.loop import bench_loop
 from pipeline.benchmarks.monitoring import bench_monitoring
 from pipeline.benchmarks.report import Report
 from pipeline.benchmarks.start import bench_start
@@ -20,6 +21,7 @@ from pipeline.distributed import World
 
 BENCHMARKS: dict[str, Callable[[BenchConfig, World], Report]] = {
     "step": bench_step,
+    "loop": bench_loop,
     "freezing": bench_freezing,
     "loader": bench_loader,
     "start": bench_start,

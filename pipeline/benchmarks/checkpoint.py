@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipeline.benchmarks.cases import make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.timing import Spread
 from pipeline.checkpoint import CheckpointConfig, Checkpointer, TrainState
 from pipeline.checkpoint_files import sync

@@ -16,8 +16,8 @@ import torch
 from monitoring.console import summary
 from monitoring.exporters.prometheus import PrometheusSink
 from monitoring.jsonl import JsonlSink
+from pipeline.benchmarks.cases import WARMUP, make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import WARMUP, make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.timing import Spread
 from pipeline.checkpoint import TrainState
 from pipeline.compression import Compression

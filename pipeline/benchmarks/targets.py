@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pipeline.benchmarks.cases import alternate, make_engine, make_plan
 from pipeline.benchmarks.peers.hog_by_scale import hog_by_scale
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import alternate, make_engine, make_plan
 from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig

@@ -8,7 +8,8 @@ import torch
 
 from pipeline.bench import BENCHMARKS, run
 from pipeline.benchmarks import monitoring
-from pipeline.benchmarks.freezing import Row, kept_for_backward, time_shares, whole_run
+from pipeline.benchmarks.freezing import Row, time_shares, whole_run
+from pipeline.benchmarks.memory import kept_for_backward
 from pipeline.compose import load
 
 SMALL = ["model.name=vit_tiny_patch16_224", "model.image_size=32", "model.patch_size=8", "model.depth=2"]
