@@ -290,7 +290,12 @@ class BenchConfig:
     images: int = 128
     # What the model eats; the loader's benchmark says how many cores that takes.
     samples_per_second: float = 1000.0
+    # Of what=scale: numbers of processes, which the command starts itself, and the batch of the first of them.
+    ranks: list[int] = field(default_factory=lambda: [1, 2])
+    # JSON with every round, and a picture beside it.
     output: str = ""
+    # An earlier output of the same settings and machine: what is worse beyond both spreads makes the exit code 1.
+    compare: str = ""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.batch_size < 2:
@@ -309,6 +314,12 @@ class BenchConfig:
             check_divides("patch_sizes", size, self.model.image_size, self.model.patch_size)
         if not 0 < self.samples_per_second < math.inf:
             raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
+        if not 0 <= self.peak_teraflops < math.inf:
+            raise ValueError(
+                f"peak_teraflops must be at least 0, got {self.peak_teraflops:g}; 0 takes that of known GPUs."
+            )
+        if not self.ranks or any(each < 1 for each in self.ranks):
+            raise ValueError(f"ranks must be numbers of processes, got {self.ranks}; [1,2] is usual.")
         _check_compiles(self.engine, self.model)
 
 

@@ -207,6 +207,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.schedules",
     },
     "pipeline.study_plots": {"pipeline.plots"},
+    "pipeline.bench_plots": {"pipeline.plots"},
     "pipeline.freezing_plots": {"pipeline.plots"},
     "pipeline.identity": {
         "data.order",
@@ -227,6 +228,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline.benchmarks": {
         "pipeline.checkpoint",
         "pipeline.checkpoint_files",
+        "pipeline.children",
         "pipeline.compression",
         "pipeline.config",
         "pipeline.distributed",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Around = Callable[[str, int], AbstractContextManager[object]]
-"""Takes the name of a collective and the bytes of the whole: of what all get, or of what is added up."""
+"""Takes the name of a collective and the bytes of the whole: of what is added up, or of what all get."""
 
 # Of all releases of PyTorch that we run on. Below torch.distributed, since DeepSpeed keeps functions of it for itself.
 NAMES = (

@@ -66,8 +66,8 @@ def bench_loop(config: BenchConfig, world: World) -> Report:
 
 
 NOTES = (
-    "as fast as the loop: its time over ours, round by round. It computes the same loss, and reads it back at every step, "
-    "as training scripts do.",
+    "as fast as the loop: its time over ours, round by round. It computes the same loss, and reads it back at every "
+    "step, as training scripts do.",
     "with data: ours with coldpress's loader, the loop with webdataset and torchvision v1 on PIL images.",
 )
 

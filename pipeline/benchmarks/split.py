@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Stopwatch(Unwatched):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.seconds = dict.fromkeys(PARTS, 0.0)
+        # Of all collectives, of the whole sums and gathers.
+        self.num_bytes = 0
         self._device = device
         self._open = [ENGINE]
         synchronize(device)
@@ -80,7 +82,7 @@ class Stopwatch(Unwatched):
             for hook in hooks:
                 stack.callback(hook.remove)
             stack.enter_context(replaced(owner, momentum, timed))
-            stack.enter_context(around_collectives(lambda name, num_bytes: self.part(self._collective())))
+            stack.enter_context(around_collectives(self._collective))
             yield
 
     def stop(self) -> dict[str, float]:
@@ -88,9 +90,10 @@ class Stopwatch(Unwatched):
         self._charge()
         return self.seconds
 
-    def _collective(self) -> str:
-        """Return what a collective is for: in a forward others' rows or weights are needed."""
-        return GATHERS if self._open[0] == FORWARD else REDUCTION
+    def _collective(self, name: str, num_bytes: int) -> AbstractContextManager[None]:
+        """Begin and end what a collective is for: in a forward others' rows or weights are needed."""
+        self.num_bytes += num_bytes
+        return self.part(GATHERS if self._open[0] == FORWARD else REDUCTION)
 
     def _charge(self) -> None:
         synchronize(self._device)

@@ -8,11 +8,9 @@ import torch
 from pipeline import distributed
 from pipeline.benchmarks.cases import NoiseBatch, make_engine, make_plan
 from pipeline.benchmarks.peers.plain_loop import PlainLoop
-from pipeline.benchmarks.peers.plain_methods import PlainDINO, PlainMethod
 from pipeline.compose import load
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
-from pipeline.engine_config import Precision
 from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 
