@@ -24,14 +24,14 @@ WARMUP = 0.1
 COLUMNS = (
     Column("frozen", "frozen layers", "d"),
     Column("milliseconds", "ms/step", ".1f"),
-    Column("ratio", "of unfrozen", ".3f"),
+    Column("ratio", "of unfrozen", ".3f", better="less"),
     Column("ratio_low", "min", ".3f"),
     Column("ratio_high", "max", ".3f"),
     Column("ideal", "ideal", ".3f"),
     Column("realized", "realized", ".2f"),
-    Column("activation_mib", "kept for backward MiB", ".0f"),
-    Column("peak_mib", "peak MiB", ".0f"),
-    Column("optimizer_mib", "optimizer MiB", ".1f"),
+    Column("activation_mib", "kept for backward MiB", ".0f", better="less"),
+    Column("peak_mib", "peak MiB", ".0f", better="less"),
+    Column("optimizer_mib", "optimizer MiB", ".1f", better="less"),
     Column("freeze_seconds", "freeze s", ".2f"),
 )
 

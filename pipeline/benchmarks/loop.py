@@ -136,6 +136,7 @@ class _Bench:
             **Spread.of([1e3 * each for each in own]).fields("milliseconds"),
             "samples_per_second": self._config.batch_size / median,
             **Spread.of([a / b for a, b in zip(loop, own, strict=True)]).fields("ratio"),
+            "rounds": list(own),
         }
 
     def _draw(self) -> NoiseBatch:

@@ -33,7 +33,7 @@ STEPS, REPORTS, SCRAPES = 2000, 200, 50
 LOG_EVERY, SCRAPE_SECONDS, LIMIT, LONG_STEP = TrainConfig.log_every, 15.0, 1e-3, 0.2
 COLUMNS = (
     Column("part", "part"),
-    Column("microseconds", "CPU us", ".1f"),
+    Column("microseconds", "CPU us", ".1f", better="less"),
     Column("microseconds_low", "min", ".1f"),
     Column("microseconds_high", "max", ".1f"),
     Column("of_step", "us/step", ".1f"),

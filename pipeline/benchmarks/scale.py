@@ -198,6 +198,7 @@ def _row(config: BenchConfig, own: _Measured, first: _Measured) -> dict[str, Any
         **Spread.of([1e3 * each for each in own.seconds]).fields("milliseconds"),
         "samples_per_second": own.batch / Spread.of(own.seconds).median,
         **Spread.of(efficiency).fields("efficiency"),
+        "rounds": own.seconds,
         **(_sent(config, own) if own.processes > 1 else {}),
         **part_fields(parts),
     }

@@ -148,12 +148,12 @@ class _Bench:
         return self._method.encoder.run_block.recompiles
 
 
-def _speedup(whole: Sequence[float], own: Sequence[float], promised: float) -> dict[str, float]:
+def _speedup(whole: Sequence[float], own: Sequence[float], promised: float) -> dict[str, Any]:
     """Return what a cell makes of the uncompressed step, round by round, and the share of the promise that this is."""
     ratios = [a / b for a, b in zip(whole, own, strict=True)]
     realized = [ratio / promised for ratio in ratios]
     fields = Spread.of(ratios).fields("speedup") | Spread.of(realized).fields("realized")
-    return fields | {"promised": promised}
+    return {**fields, "promised": promised, "rounds": {"uncompressed": list(whole), "own": list(own)}}
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.methods.localmim import LocalMIM
 COLUMNS = (
     Column("case", "targets"),
     Column("milliseconds", "ms/step", ".1f"),
-    Column("ratio", "over one pass", ".3f"),
+    Column("ratio", "over one pass", ".3f", better="more"),
     Column("ratio_low", "min", ".3f"),
     Column("ratio_high", "max", ".3f"),
 )
