@@ -226,6 +226,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.status_file",
     },
     "pipeline.benchmarks": {
+        "pipeline.accumulation",
         "pipeline.checkpoint",
         "pipeline.checkpoint_files",
         "pipeline.children",
@@ -243,6 +244,7 @@ ARROWS: dict[str, set[str]] = {
         "pipeline.models",
         "pipeline.optim",
         "pipeline.peaks",
+        "pipeline.preemption",
         "pipeline.prewarm",
         "pipeline.schedules",
         "pipeline.traffic",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data.resources import share_of_cores
+from pipeline import accumulation
 from pipeline.benchmarks.cases import WARMUP, make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.report import Column, Report
 from pipeline.benchmarks.split import PART_COLUMNS, PARTS, Stopwatch, part_fields
@@ -22,7 +23,7 @@ from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World, barrier, start
-from pipeline.methods import build_method
+from pipeline.methods import Method, build_method
 from pipeline.models.vit import ViT
 from pipeline.preemption import ProcessFailedError
 from pipeline.traffic import step_traffic, total
@@ -57,6 +58,7 @@ def bench_scale(config: BenchConfig, world: World) -> Report:
 
     Raises:
         ValueError: a launcher that has started several processes, batches that cannot be shared, too few GPUs.
+        ProcessFailedError: one of the processes has ended.
     """
     numbers = sorted(set(config.ranks))
     _check(config, world, numbers)
@@ -129,10 +131,13 @@ class _Crew:
     def __enter__(self) -> _Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
+            if error:
+                # It may wait for one that has ended.
+                process.terminate()
             process.join()
 
     def ask(self, case: Case) -> list[Answer]:
@@ -145,7 +150,7 @@ class _Crew:
             for pipe in self._pipes:
                 pipe.send(case)
             return [pipe.recv() for pipe in self._pipes]
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             raise ProcessFailedError("a process of what=scale has ended; its own message stands above.") from error
 
 
@@ -211,10 +216,15 @@ def _sent(config: BenchConfig, own: _Measured) -> dict[str, float]:
 
 
 def _expected_bytes(config: BenchConfig, measured: _Measured) -> int:
-    with torch.device("meta"):
-        method = build_method(config.method, ViT(config.model, 0))
+    method = _imagined(config)
     plan = make_plan(config, method, Compression(), 0)
     return total(step_traffic(method, plan, config.engine, measured.processes, measured.local))
+
+
+def _imagined(config: BenchConfig) -> Method:
+    """Return the method without weights."""
+    with torch.device("meta"):
+        return build_method(config.method, ViT(replace(config.model, weights=""), 0))
 
 
 def _check(config: BenchConfig, world: World, numbers: Sequence[int]) -> None:
@@ -226,6 +236,9 @@ def _check(config: BenchConfig, world: World, numbers: Sequence[int]) -> None:
             f"batch_size must be divisible by the numbers of processes, got {config.batch_size} and ranks={numbers}; "
             f"take a multiple of {uneven[-1]}."
         )
+    method = _imagined(config)
+    for (number, _), size in batches(config.batch_size, numbers).items():
+        accumulation.check(config.engine.micro_batch, size // number, method)
     devices = torch.cuda.device_count()
     if world.device.type == "cuda" and numbers[-1] > devices:
         raise ValueError(f"ranks must not be above the {devices} GPUs of this machine, got {numbers}; say fewer.")

@@ -18,7 +18,7 @@ from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
-from pipeline.engine_config import FSDP2
+from pipeline.engine_config import SHARDED
 from pipeline.flops import step_flops
 from pipeline.methods import check_compressible
 from pipeline.peaks import TERA, peak_flops
@@ -95,12 +95,12 @@ class _Bench:
             lambda batch: split(self._engine, batch, plan, self._world),
             lambda _: self._host(plan),
         )
+        # Before memory is looked at, which may compile as well.
+        row: dict[str, Any] = {"recompiles": self._recompiles() - compiled}
         promised = self._method.sample_cost(self._baseline) / self._method.sample_cost(plan)
-        row = self._row(cell, plan, Spread.of(own)) | _speedup(whole, own, promised) | part_fields(splits)
+        row |= self._row(cell, plan, Spread.of(own)) | _speedup(whole, own, promised) | part_fields(splits)
         hosts = [each for each in few if each is not None]
-        return (
-            row | (Spread.of(hosts).fields("host_ms") if hosts else {}) | {"recompiles": self._recompiles() - compiled}
-        )
+        return row | Spread.of(hosts).fields("host_ms") if hosts else row
 
     def feed(self, cells: Sequence[Cell], rows: list[dict[str, Any]]) -> None:
         """Add to the rows what steps take whose images come from shards."""
@@ -133,10 +133,11 @@ class _Bench:
         return 1e3 * (parts[FORWARD] + parts[BACKWARD])
 
     def _kept(self, plan: StepPlan) -> float | None:
-        # Under FSDP2 there is no forward beside the engine.
-        if isinstance(self._config.engine, FSDP2):
+        # What is cut is gathered by the engine's forward only.
+        if self._config.engine.stage == SHARDED:
             return None
-        return kept_for_backward(self._method, self._draw(), plan) / MIB
+        batch = make_batch(self._config, self._world, self._method, self._config.engine.micro_batch)
+        return kept_for_backward(self._method, batch, plan) / MIB
 
     def _plan(self, cell: Cell) -> StepPlan:
         return make_plan(self._config, self._method, compression(*cell), 0)

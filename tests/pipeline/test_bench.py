@@ -11,9 +11,12 @@ import torch
 from pipeline.bench import BENCHMARKS, run
 from pipeline.benchmarks import checkpoint, monitoring
 from pipeline.benchmarks.freezing import Row, time_shares, whole_run
+from pipeline.benchmarks.loop import bench_loop
 from pipeline.benchmarks.memory import kept_for_backward
+from pipeline.benchmarks.scale import bench_scale
 from pipeline.benchmarks.split import PARTS
 from pipeline.compose import load
+from pipeline.distributed import World
 
 SMALL = ["model.name=vit_tiny_patch16_224", "model.image_size=32", "model.patch_size=8", "model.depth=2"]
 SMALL += ["method.hidden_dim=32", "method.out_dim=16", "engine.precision=fp32", "batch_size=4", "rounds=1"]
@@ -187,6 +190,18 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_they_start() -> N
         ValueError, match=r"batch_size must be divisible .*, got 4 and ranks=\[1, 3\]; take a multiple of 3"
     ):
         run(load("bench", [*SMALL, "what=scale", "ranks=[3,1]"]))
+    with pytest.raises(ValueError, match=r"engine\.micro_batch must be 0 with MoCo"):
+        run(load("bench", [*SMALL, "what=scale", "engine.micro_batch=2"]))
+
+
+def test_what_measures_or_starts_one_process_is_refused_in_several() -> None:
+    two = World(0, 0, 2, torch.device("cpu"))
+    for measure_in, sentence in (
+        (bench_loop, "what=loop measures one process, not 2"),
+        (bench_scale, "what=scale starts its own processes, and runs in 2"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            measure_in(load("bench", SMALL), two)
 
 
 def test_targets_of_other_methods_are_refused() -> None:
