@@ -42,10 +42,11 @@ def step_picture(rows: Sequence[Row]) -> Figure:
     )
     _heat_map(cells, rows)
     _stacked(parts, rows)
-    whole = rows[0]["split_ms"]
     for place, row in enumerate(rows):
         label = "promised, data aside" if place == 0 else None
-        parts.plot([whole / row["promised"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2, label=label)
+        # By the uncompressed steps of the same rounds.
+        promised = row["uncompressed_ms"] / row["promised"]
+        parts.plot([promised] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2, label=label)
     _explain(parts)
     return figure
 

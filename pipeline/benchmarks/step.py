@@ -153,8 +153,13 @@ def _speedup(whole: Sequence[float], own: Sequence[float], promised: float) -> d
     """Return what a cell makes of the uncompressed step, round by round, and the share of the promise that this is."""
     ratios = [a / b for a, b in zip(whole, own, strict=True)]
     realized = [ratio / promised for ratio in ratios]
-    fields = Spread.of(ratios).fields("speedup") | Spread.of(realized).fields("realized")
-    return {**fields, "promised": promised, "rounds": {"uncompressed": list(whole), "own": list(own)}}
+    return {
+        **Spread.of(ratios).fields("speedup"),
+        **Spread.of(realized).fields("realized"),
+        "promised": promised,
+        "uncompressed_ms": 1e3 * Spread.of(whole).median,
+        "rounds": {"uncompressed": list(whole), "own": list(own)},
+    }
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -163,20 +168,21 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "realized: speed-up over promise.",
         "host at most: forward and backward of 2 samples, which are part of those above; data: waiting for the loader.",
     ]
-    return [*notes, *_missing(rows)]
+    return [*notes, *missing(rows)]
 
 
-def _missing(rows: Sequence[Row]) -> list[str]:
+def missing(rows: Sequence[Row]) -> list[str]:
     """Say of the cell that realizes least which parts take longer than their promise."""
     whole, *cells = rows
     if not cells:
         return []
     worst = min(cells, key=lambda row: float(row["realized"]))
-    over = {part: worst[f"{part}_ms"] - whole[f"{part}_ms"] / worst["promised"] for part in PARTS}
+    # The uncompressed parts as they would have been in the rounds of this cell: machines get slower and faster.
+    share = worst["uncompressed_ms"] / whole["milliseconds"] / worst["promised"]
+    over = {part: worst[f"{part}_ms"] - whole[f"{part}_ms"] * share for part in PARTS}
     ranked = sorted(over, key=lambda part: -over[part])
     said = ", ".join(f"{part} {over[part]:+.1f}" for part in ranked if abs(over[part]) >= 0.05)
-    promised_ms = whole["split_ms"] / worst["promised"]
     return [
         f"Least realized: {worst['case']}, {worst['realized']:.2f}; its parts take {worst['split_ms']:.1f} ms of "
-        f"{promised_ms:.1f} promised: {said or 'nothing over'}."
+        f"{whole['split_ms'] * share:.1f} promised: {said or 'nothing over'}."
     ]
