@@ -14,9 +14,9 @@ from pipeline.benchmarks.timing import Spread
 
 # Of a figure without a spread, such as a size: less is rounding.
 EXACT = 0.01
-# What tells machines apart; and what runs may differ in and still be of the same thing.
+# What tells machines apart; and what may differ: places, rounds, and how many rows there are.
 _MACHINE = ("cpu", "usable_cores", "gpu")
-_FREE = ("what", "output", "compare", "rounds")
+_FREE = ("what", "output", "compare", "rounds", "patch_sizes", "dropouts", "methods", "ranks")
 
 
 @dataclass(frozen=True)
