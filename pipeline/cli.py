@@ -33,13 +33,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("pipeline.compare", "every method with and without compression at the same cost"),
     "compare-freezing": ("pipeline.compare_freezing", "a run without freezing, with it, and as cheap but not frozen"),
     "study": ("pipeline.study", "baseline, analysis and schedule, and what each way to compress is worth"),
-    "bench": ("pipeline.bench", "step, freezing, targets, loader and start, each against a baseline or a limit"),
+    "bench": ("pipeline.bench", "steps, loaders, checkpoints, processes and more, each against a baseline or a limit"),
     "demo": ("pipeline.demo", "all of the above in minutes"),
     "gpu-exporter": ("monitoring.exporters.gpu_exporter", "the GPUs of this node, for Prometheus"),
     "slurm-exporter": ("monitoring.exporters.slurm_exporter", "jobs and nodes of this cluster, for Prometheus"),
 }
 # Commands that keep the user's own words beside what they produce.
-KEEPS_OVERRIDES = {"train"}
+KEEPS_OVERRIDES = {"train", "bench"}
 # Commands that a scheduler asks to leave, and that are run again then.
 SAVES = {"train", "evaluate"}
 # Commands that go on where they were interrupted, and commands that leave at the first Ctrl-C, at once.

@@ -32,6 +32,7 @@ from pipeline.methods import (
 from pipeline.models.vit import ViTConfig
 from pipeline.optim import OptimConfig
 from pipeline.probes.knn import ProbeConfig
+from pipeline.scaling import ClusterConfig
 from pipeline.schedules import BudgetConfig, RateConfig
 from pipeline.watchdog import WatchdogConfig
 
@@ -109,9 +110,17 @@ class PlanConfig(TrainConfig):
     # Units of cost a second on one GPU, as measured: a run's coldpress_cost_per_second over its GPUs. 0: no hours.
     cost_per_gpu_second: float = 0.0
     gpus: int = 1
+    # Numbers of GPUs to say how a step would scale over, by a model of the cluster; none by default.
+    ranks: list[int] = field(default_factory=list)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not all(1 <= each <= self.batch_size for each in self.ranks):
+            raise ValueError(
+                f"ranks must be numbers of GPUs from 1 to batch_size={self.batch_size}, got {self.ranks}; "
+                "each takes at least one sample of a batch."
+            )
         if self.epoch_size < 0:
             raise ValueError(f"epoch_size must be a number of images, got {self.epoch_size}; 0 asks the shards.")
         if not 0 <= self.cost_per_gpu_second < math.inf:
@@ -270,9 +279,9 @@ class StudyConfig:
 class BenchConfig:
     """Measurements against a baseline in the same run."""
 
-    # step: over compressions; freezing: over frozen layers; targets: LocalMIM's, one pass against many; loader: images
-    # per CPU second; start: time to the index; checkpoint: saves, against DeepSpeed's own, and a resume;
-    # monitoring: what it takes of a step.
+    # step: over compressions; loop: against a plain PyTorch loop; freezing: over frozen layers; scale: over processes;
+    # targets: LocalMIM's, one pass against many; loader: images per CPU second; start: time to the index; checkpoint:
+    # saves, against DeepSpeed's own, and a resume; monitoring: what it takes of a step; all: one after the other.
     what: str = "step"
     batch_size: int = 64
     rounds: int = 7
@@ -283,13 +292,21 @@ class BenchConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     patch_sizes: list[int] = field(default_factory=list)
     dropouts: list[float] = field(default_factory=lambda: [0.0, 0.5])
-    # Of what=loader: the set, whose views to make, and images of a round (rounded up to batches).
+    # TFLOPS that the device could reach, for its utilization; 0 asks a table of GPUs.
+    peak_teraflops: float = 0.0
+    # Of what=loader: the set, whose views to make, and images of a round (rounded up to batches). Of step and loop: the
+    # set to train on, too.
     data: LoaderConfig = field(default_factory=LoaderConfig)
     methods: list[str] = field(default_factory=lambda: ["moco", "simclr", "dino", "localmim"])
     images: int = 128
     # What the model eats; the loader's benchmark says how many cores that takes.
     samples_per_second: float = 1000.0
+    # Of what=scale: numbers of processes, which the command starts itself, and the batch of the first of them.
+    ranks: list[int] = field(default_factory=lambda: [1, 2])
+    # JSON with every round, and a picture beside it.
     output: str = ""
+    # An earlier output of the same settings and machine: what is worse beyond both spreads makes the exit code 1.
+    compare: str = ""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.batch_size < 2:
@@ -308,6 +325,12 @@ class BenchConfig:
             check_divides("patch_sizes", size, self.model.image_size, self.model.patch_size)
         if not 0 < self.samples_per_second < math.inf:
             raise ValueError(f"samples_per_second must be above 0, got {self.samples_per_second:g}.")
+        if not 0 <= self.peak_teraflops < math.inf:
+            raise ValueError(
+                f"peak_teraflops must be at least 0, got {self.peak_teraflops:g}; 0 takes that of known GPUs."
+            )
+        if not self.ranks or any(each < 1 for each in self.ranks):
+            raise ValueError(f"ranks must be numbers of processes, got {self.ranks}; [1,2] is usual.")
         _check_compiles(self.engine, self.model)
 
 

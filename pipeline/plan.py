@@ -15,6 +15,7 @@ from pipeline.methods import Method
 from pipeline.networks import imagine
 from pipeline.parts import build_schedules, build_tuner
 from pipeline.plots import schedule_picture
+from pipeline.scaling import scaled_steps, scaling_table
 from pipeline.schedules import Schedules, StepPlan, Unit
 from pipeline.tuning import NoTuning
 
@@ -42,6 +43,8 @@ def run(config: PlanConfig) -> None:
     if isinstance(schedules.compression, FittedAdaptive):
         print(_choice(tuner, schedules, method))
     print(_totals(config, rows, uncompressed_cost(schedules, method)))
+    if config.ranks:
+        print(_scaling(config, rows, method))
     picture = config.directory.with_name(config.directory.name + "-plan.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     schedule_picture(schedules, method, picture)
@@ -114,6 +117,22 @@ def _totals(config: PlanConfig, rows: list[StageRow], dense: float) -> str:
         f"({dense:.4f} a sample), {samples * dense / cost:.2f}x the cost for the same samples",
     ]
     return "\n".join(lines + ([_time(config, cost)] if config.cost_per_gpu_second else []))
+
+
+def _scaling(config: PlanConfig, rows: list[StageRow], method: Method) -> str:
+    """Return how the dearest and the cheapest step of the run would scale."""
+    plans = {plan.query: plan for plan in (max(rows, key=_cost).plan, min(rows, key=_cost).plan)}
+    tables = []
+    for plan in plans.values():
+        steps = scaled_steps(
+            method, plan, config.engine, config.cluster, batch_size=config.batch_size, ranks=config.ranks
+        )
+        tables.append(scaling_table(method, plan, steps))
+    return "\n".join([*tables, config.cluster.assumptions()])
+
+
+def _cost(row: StageRow) -> float:
+    return row.cost
 
 
 def _time(config: PlanConfig, cost: float) -> str:

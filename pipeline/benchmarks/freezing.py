@@ -6,37 +6,32 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from pipeline.benchmarks.cases import alternate, make_batch, make_engine, make_plan
+from pipeline.benchmarks.memory import MIB, kept_for_backward, peak_of
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import NoiseBatch, alternate, make_batch, make_engine, make_plan
 from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
 from pipeline.engine_config import FSDP2
 from pipeline.freezing import FreezeOut
-from pipeline.methods import Method
-from pipeline.schedules import StepPlan
-from pipeline.training_engine import TrainingEngine
 
-MIB = 2**20
 # Of paper B: ten of a hundred epochs.
 WARMUP = 0.1
 COLUMNS = (
     Column("frozen", "frozen layers", "d"),
     Column("milliseconds", "ms/step", ".1f"),
-    Column("ratio", "of unfrozen", ".3f"),
+    Column("ratio", "of unfrozen", ".3f", better="less"),
     Column("ratio_low", "min", ".3f"),
     Column("ratio_high", "max", ".3f"),
     Column("ideal", "ideal", ".3f"),
     Column("realized", "realized", ".2f"),
-    Column("activation_mib", "kept for backward MiB", ".0f"),
-    Column("peak_mib", "peak MiB", ".0f"),
-    Column("optimizer_mib", "optimizer MiB", ".1f"),
+    Column("activation_mib", "kept for backward MiB", ".0f", better="less"),
+    Column("peak_mib", "peak MiB", ".0f", better="less"),
+    Column("optimizer_mib", "optimizer MiB", ".1f", better="less"),
     Column("freeze_seconds", "freeze s", ".2f"),
 )
 
@@ -77,6 +72,7 @@ def bench_freezing(config: BenchConfig, world: World) -> Report:
     twin, _ = make_engine(config, world)
     baseline = make_plan(config, method, Compression(), 0)
     rows = []
+    batch = make_batch(config, world, method)
     for frozen in range(method.encoder.num_layers):
         plan = make_plan(config, method, Compression(), frozen)
         begin = time.perf_counter()
@@ -90,8 +86,8 @@ def bench_freezing(config: BenchConfig, world: World) -> Report:
                 milliseconds=1e3 * statistics.median(seconds),
                 **Spread.of(ratios).fields("ratio"),
                 ideal=method.sample_cost(plan) / method.sample_cost(baseline),
-                activation_mib=kept_for_backward(method, make_batch(config, world, method), plan) / MIB,
-                peak_mib=_peak(engine, make_batch(config, world, method), plan, world),
+                activation_mib=kept_for_backward(method, batch, plan) / MIB,
+                peak_mib=peak_of(partial(engine.step, batch, plan), world.device),
                 optimizer_mib=engine.optimizer_bytes() / MIB,
                 freeze_seconds=freeze_seconds,
             )
@@ -118,32 +114,6 @@ def time_shares(layers: int) -> list[float]:
     times = FreezeOut().freeze_times(layers)
     ends = [WARMUP + (1 - WARMUP) * time for time in times if time is not None] + [1.0]
     return [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
-
-
-def kept_for_backward(method: Method, batch: NoiseBatch, plan: StepPlan) -> int:
-    """Return the bytes that a forward keeps for its backward, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = method(batch, plan)
-    del output
-    return sum(kept.values())
-
-
-def _peak(engine: TrainingEngine, batch: NoiseBatch, plan: StepPlan, world: World) -> float | None:
-    """Return the most device memory of a step; None on CPU, which does not count it."""
-    if world.device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    engine.step(batch, plan)
-    return torch.cuda.max_memory_allocated() / MIB
 
 
 def _fields(row: Row) -> dict[str, Any]:

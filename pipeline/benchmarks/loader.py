@@ -47,11 +47,11 @@ _READ_AHEAD = 2
 _COLUMNS = (
     Column("views", "views"),
     Column("case", "case"),
-    Column("cpu_ms", "CPU ms/image", ".2f"),
+    Column("cpu_ms", "CPU ms/image", ".2f", better="less"),
     Column("cpu_ms_low", "min", ".2f"),
     Column("cpu_ms_high", "max", ".2f"),
-    Column("images_per_second", "images/s", ".0f"),
-    Column("ratio", "ratio", ".2f"),
+    Column("images_per_second", "images/s", ".0f", better="more"),
+    Column("ratio", "ratio", ".2f", better="more"),
     Column("ratio_low", "min", ".2f"),
     Column("ratio_high", "max", ".2f"),
 )

@@ -16,8 +16,8 @@ import torch
 from monitoring.console import summary
 from monitoring.exporters.prometheus import PrometheusSink
 from monitoring.jsonl import JsonlSink
+from pipeline.benchmarks.cases import WARMUP, make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import WARMUP, make_batch, make_engine, make_plan, seconds
 from pipeline.benchmarks.timing import Spread
 from pipeline.checkpoint import TrainState
 from pipeline.compression import Compression
@@ -33,7 +33,7 @@ STEPS, REPORTS, SCRAPES = 2000, 200, 50
 LOG_EVERY, SCRAPE_SECONDS, LIMIT, LONG_STEP = TrainConfig.log_every, 15.0, 1e-3, 0.2
 COLUMNS = (
     Column("part", "part"),
-    Column("microseconds", "CPU us", ".1f"),
+    Column("microseconds", "CPU us", ".1f", better="less"),
     Column("microseconds_low", "min", ".1f"),
     Column("microseconds_high", "max", ".1f"),
     Column("of_step", "us/step", ".1f"),

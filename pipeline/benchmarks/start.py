@@ -25,7 +25,7 @@ _IMAGE_BYTES, _LABEL_BYTES, _FACTS_BYTES = (20_000, 200_000), 3, 90
 _STAGES = ("manifest", "index", "first order")
 _COLUMNS = (
     Column("stage", "stage"),
-    Column("seconds", "seconds", ".3f"),
+    Column("seconds", "seconds", ".3f", better="less"),
     Column("seconds_low", "min", ".3f"),
     Column("seconds_high", "max", ".3f"),
     Column("cpu_seconds", "CPU seconds", ".3f"),

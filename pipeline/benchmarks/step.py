@@ -1,155 +1,188 @@
-"""Step time against what the arithmetic promises, on noise images, alternating with the baseline."""
+"""Step time against what the arithmetic promises, cell by cell, in turn with the uncompressed step; and its parts."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from pipeline.benchmarks.report import Column, Report
+from data.loader import Batch
+from pipeline.benchmarks.cases import NoiseBatch, in_turn, make_batch, make_engine, make_plan, seconds
+from pipeline.benchmarks.fed import batches_ahead, fed_fields, fed_steps, make_loader
+from pipeline.benchmarks.memory import MIB, kept_for_backward, peak_of
+from pipeline.benchmarks.report import Column, Report, Row
+from pipeline.benchmarks.split import BACKWARD, FORWARD, PART_COLUMNS, PARTS, part_fields, split
+from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.compression.schedule import compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
-from pipeline.engines import build_engine
-from pipeline.methods import Method, build_method, check_compressible
-from pipeline.models.vit import ViT
+from pipeline.engine_config import SHARDED
+from pipeline.flops import step_flops
+from pipeline.methods import check_compressible
+from pipeline.peaks import TERA, peak_flops
+from pipeline.prewarm import prewarm
 from pipeline.schedules import StepPlan
-from pipeline.training_engine import TrainingEngine
 
-WARMUP = 2
-HALFWAY = 0.5
+# As few samples as batch norm takes: what is left of forward and backward then is not arithmetic.
+FEW = 2
+Cell = tuple[int, float]
 COLUMNS = (
     Column("case", "case"),
-    Column("milliseconds", "ms/step", ".1f"),
-    Column("speedup", "speed-up", ".2f"),
-    Column("spread", "spread", ".2f"),
+    Column("milliseconds", "ms/step", ".1f", better="less"),
+    Column("sample_ms", "ms/sample", ".3f"),
+    Column("speedup", "speed-up", ".2f", better="more"),
+    Column("speedup_low", "min", ".2f"),
+    Column("speedup_high", "max", ".2f"),
     Column("promised", "promised", ".2f"),
     Column("realized", "realized", ".2f"),
+    Column("teraflops", "TFLOPS", ".3f"),
+    Column("mfu", "MFU", ".1%"),
+    Column("kept_mib", "kept for backward MiB", ".0f", better="less"),
+    Column("peak_mib", "peak MiB", ".0f", better="less"),
+    Column("recompiles", "recompiles", "d", better="less"),
+    Column("fed_ms", "ms/step with data", ".1f", better="less"),
+    Column("waiting", "of it waiting", ".1%"),
 )
 
 
-@dataclass(frozen=True)
-class NoiseBatch:
-    """Images that no loader had to read."""
-
-    views: tuple[Tensor, ...]
-    index: Tensor
-    labels: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One case against the baseline that ran in turn with it."""
-
-    case: str
-    milliseconds: float
-    spread: float
-    speedup: float
-    promised: float
-
-    @property
-    def realized(self) -> float:
-        """Return measured speed-up over promised speed-up."""
-        return self.speedup / self.promised
-
-
 def bench_step(config: BenchConfig, world: World) -> Report:
-    """Measure every (patch size, dropout) cell against the uncompressed step.
+    """Measure every (patch size, dropout) cell against the uncompressed step, and where its time goes.
 
     Raises:
         ValueError: a method whose sequences cannot be compressed.
     """
-    check_compressible(config.method)
-    engine, method = make_engine(config, world)
-    baseline = make_plan(config, method, Compression(), 0)
-    cells = [(p, d) for p in (config.patch_sizes or [config.model.patch_size]) for d in config.dropouts]
-    rows = []
-    for patch_size, dropout in cells:
-        plan = make_plan(config, method, compression(patch_size, dropout), 0)
-        pair = alternate(config, world, (engine, baseline), (engine, plan))
-        rows.append(_measure(f"patch {patch_size:3d} dropout {dropout:.2f}", method, baseline, plan, pair))
-    return _report(rows)
+    cells = grid(config)
+    if cells[1:]:
+        check_compressible(config.method)
+    bench = _Bench(config, world)
+    bench.prewarm(cells)
+    rows = [bench.measure(cell) for cell in cells]
+    if config.data.shards:
+        bench.feed(cells, rows)
+    return Report(COLUMNS, rows, _notes(rows), further=(PART_COLUMNS,))
 
 
-def make_engine(
-    config: BenchConfig, world: World, build: Callable[[Any, ViT], Method] = build_method
-) -> tuple[TrainingEngine, Method]:
-    """Return an engine of its own and its method."""
-    torch.manual_seed(0)
-    method = build(config.method, ViT(config.model, 0))
-    local = config.batch_size // world.size
-    return build_engine(method, config.engine, config.optim, local_batch=local, device=world.device), method
+def grid(config: BenchConfig) -> list[Cell]:
+    """Return the cells to measure, the uncompressed one first."""
+    asked = [(size, dropout) for size in config.patch_sizes or [config.model.patch_size] for dropout in config.dropouts]
+    return list(dict.fromkeys([(config.model.patch_size, 0.0), *asked]))
 
 
-def make_plan(config: BenchConfig, method: Method, query: Compression, frozen: int) -> StepPlan:
-    """Return the plan of a step half-way through a run."""
-    rate = config.rate.peak(config.batch_size)
-    plan = StepPlan(
-        progress=HALFWAY,
-        learning_rate=rate,
-        weight_decay=config.optim.weight_decay_at(HALFWAY),
-        momentum=method.momentum(HALFWAY),
-        layer_rates=(0.0,) * frozen + (rate,) * (method.encoder.num_layers - frozen),
-        query=query,
-        key=method.key_compression(query),
-        last_layer_rate=rate,
-        teacher_temperature=method.teacher_temperature(HALFWAY),
-    )
-    assert plan.frozen_layers == frozen
-    return plan
+class _Bench:
+    """One engine, whose weights see one cell after the other."""
+
+    def __init__(self, config: BenchConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self._engine, self._method = make_engine(config, world)
+        self._baseline = make_plan(config, self._method, Compression(), 0)
+        self._local = config.batch_size // world.size
+        self._peak = peak_flops(config.peak_teraflops, config.engine.precision, world.device)
+
+    def prewarm(self, cells: Sequence[Cell]) -> None:
+        """Compile what the cells will need, if blocks are compiled at all."""
+        prewarm(self._method, map(self._plan, cells), self._local, self._world.device)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Return the row of a cell."""
+        plan, compiled = self._plan(cell), self._recompiles()
+        whole, own, splits, few = in_turn(
+            self._config.rounds,
+            self._draw,
+            lambda batch: seconds(self._engine, batch, self._baseline, self._world),
+            lambda batch: seconds(self._engine, batch, plan, self._world),
+            lambda batch: split(self._engine, batch, plan, self._world),
+            lambda _: self._host(plan),
+        )
+        # Before memory is looked at, which may compile as well.
+        row: dict[str, Any] = {"recompiles": self._recompiles() - compiled}
+        promised = self._method.sample_cost(self._baseline) / self._method.sample_cost(plan)
+        row |= self._row(cell, plan, Spread.of(own)) | _speedup(whole, own, promised) | part_fields(splits)
+        hosts = [each for each in few if each is not None]
+        return row | Spread.of(hosts).fields("host_ms") if hosts else row
+
+    def feed(self, cells: Sequence[Cell], rows: list[dict[str, Any]]) -> None:
+        """Add to the rows what steps take whose images come from shards."""
+        skip = batches_ahead(self._config, self._world, self._method)
+        with closing(make_loader(self._config, self._world, self._method)) as loader:
+            batches: Iterator[Batch] = loader.batches()
+            for cell, row in zip(cells, rows, strict=True):
+                step = partial(self._engine.step, plan=self._plan(cell))
+                row |= fed_fields(fed_steps(batches, step, self._world.device, skip, self._config.rounds))
+
+    def _row(self, cell: Cell, plan: StepPlan, own: Spread) -> dict[str, Any]:
+        flops = step_flops(self._method, plan, self._local) / own.median
+        return {
+            "case": "patch {:3d} dropout {:.2f}".format(*cell),
+            "patch_size": cell[0],
+            "dropout": cell[1],
+            **Spread(*(1e3 * each for each in (own.median, own.low, own.high))).fields("milliseconds"),
+            "sample_ms": 1e3 * own.median / self._config.batch_size,
+            "teraflops": flops / TERA,
+            "mfu": flops / self._peak if self._peak else None,
+            "kept_mib": self._kept(plan),
+            "peak_mib": peak_of(lambda: self._engine.step(self._draw(), plan), self._world.device),
+        }
+
+    def _host(self, plan: StepPlan) -> float | None:
+        """Return the milliseconds of forward and backward of next to no samples; None where the engine takes none."""
+        if self._config.engine.micro_batch or self._config.model.compile:
+            return None
+        parts = split(self._engine, make_batch(self._config, self._world, self._method, FEW), plan, self._world)
+        return 1e3 * (parts[FORWARD] + parts[BACKWARD])
+
+    def _kept(self, plan: StepPlan) -> float | None:
+        # What is cut is gathered by the engine's forward only.
+        if self._config.engine.stage == SHARDED:
+            return None
+        batch = make_batch(self._config, self._world, self._method, self._config.engine.micro_batch)
+        return kept_for_backward(self._method, batch, plan) / MIB
+
+    def _plan(self, cell: Cell) -> StepPlan:
+        return make_plan(self._config, self._method, compression(*cell), 0)
+
+    def _draw(self) -> NoiseBatch:
+        return make_batch(self._config, self._world, self._method)
+
+    def _recompiles(self) -> int:
+        return self._method.encoder.run_block.recompiles
 
 
-def make_batch(config: BenchConfig, world: World, method: Method) -> NoiseBatch:
-    """Return this process's part of a batch."""
-    local = config.batch_size // world.size
-    sizes = [spec.size for spec in method.views()]
-    images = tuple(torch.randn(local, 3, size, size, device=world.device) for size in sizes)
-    index = torch.arange(local, device=world.device)
-    return NoiseBatch(images, index, index % method.classes if method.classes else None)
+def _speedup(whole: Sequence[float], own: Sequence[float], promised: float) -> dict[str, Any]:
+    """Return what a cell makes of the uncompressed step, round by round, and the share of the promise that this is."""
+    ratios = [a / b for a, b in zip(whole, own, strict=True)]
+    realized = [ratio / promised for ratio in ratios]
+    return {
+        **Spread.of(ratios).fields("speedup"),
+        **Spread.of(realized).fields("realized"),
+        "promised": promised,
+        "uncompressed_ms": 1e3 * Spread.of(whole).median,
+        "rounds": {"uncompressed": list(whole), "own": list(own)},
+    }
 
 
-Case = tuple[TrainingEngine, StepPlan]
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes = [
+        "speed-up: over the uncompressed step of the same round. promised: by real tokens (Costs in ARCHITECTURE.md). "
+        "realized: speed-up over promise.",
+        "host at most: forward and backward of 2 samples, which are part of those above; data: waiting for the loader.",
+    ]
+    return [*notes, *missing(rows)]
 
 
-def alternate(config: BenchConfig, world: World, a: Case, b: Case) -> tuple[list[float], list[float]]:
-    """Time two cases in turn and return seconds of each round."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(WARMUP + config.rounds):
-        for case, kept in zip((a, b), times, strict=True):
-            engine, plan = case
-            took = seconds(engine, make_batch(config, world, engine.method), plan, world)
-            if round_ >= WARMUP:
-                kept.append(took)
-    return times
-
-
-def seconds(engine: TrainingEngine, batch: NoiseBatch, plan: StepPlan, world: World) -> float:
-    """Return how long a step takes, until the device has done it."""
-    begin = time.perf_counter()
-    engine.step(batch, plan)
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def _measure(
-    case: str, method: Method, baseline: StepPlan, plan: StepPlan, pair: tuple[list[float], list[float]]
-) -> Measurement:
-    ratios = [a / b for a, b in zip(*pair, strict=True)]
-    return Measurement(
-        case=case,
-        milliseconds=1e3 * statistics.median(pair[1]),
-        spread=(max(ratios) - min(ratios)) / 2,
-        speedup=statistics.median(ratios),
-        promised=method.sample_cost(baseline) / method.sample_cost(plan),
-    )
-
-
-def _report(rows: list[Measurement]) -> Report:
-    return Report(COLUMNS, [asdict(row) | {"realized": row.realized} for row in rows])
+def missing(rows: Sequence[Row]) -> list[str]:
+    """Say of the cell that realizes least which parts take longer than their promise."""
+    whole, *cells = rows
+    if not cells:
+        return []
+    worst = min(cells, key=lambda row: float(row["realized"]))
+    # The uncompressed parts as they would have been in the rounds of this cell: machines get slower and faster.
+    share = worst["uncompressed_ms"] / whole["milliseconds"] / worst["promised"]
+    over = {part: worst[f"{part}_ms"] - whole[f"{part}_ms"] * share for part in PARTS}
+    ranked = sorted(over, key=lambda part: -over[part])
+    said = ", ".join(f"{part} {over[part]:+.1f}" for part in ranked if abs(over[part]) >= 0.05)
+    return [
+        f"Least realized: {worst['case']}, {worst['realized']:.2f}; its parts take {worst['split_ms']:.1f} ms of "
+        f"{whole['split_ms'] * share:.1f} promised: {said or 'nothing over'}."
+    ]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pipeline.benchmarks.cases import alternate, make_engine, make_plan
 from pipeline.benchmarks.peers.hog_by_scale import hog_by_scale
 from pipeline.benchmarks.report import Column, Report
-from pipeline.benchmarks.step import alternate, make_engine, make_plan
 from pipeline.benchmarks.timing import Spread
 from pipeline.compression import Compression
 from pipeline.config import BenchConfig
@@ -20,7 +20,7 @@ from pipeline.methods.localmim import LocalMIM
 COLUMNS = (
     Column("case", "targets"),
     Column("milliseconds", "ms/step", ".1f"),
-    Column("ratio", "over one pass", ".3f"),
+    Column("ratio", "over one pass", ".3f", better="more"),
     Column("ratio_low", "min", ".3f"),
     Column("ratio_high", "max", ".3f"),
 )

@@ -54,6 +54,18 @@ class Forward:
     learns: bool
 
 
+@dataclass(frozen=True)
+class Message:
+    """So many fp32 numbers that each process brings to a collective of a forward.
+
+    What is gathered comes as it is, else as a sum; `learns`: gradients of what was gathered return by a reduction.
+    """
+
+    numbers: int
+    gathered: bool = True
+    learns: bool = False
+
+
 class Method(nn.Module):
     """An objective around a backbone: self-supervised as a rule, and then it does not look at labels.
 
@@ -92,6 +104,10 @@ class Method(nn.Module):
     def head_flops(self, plan: StepPlan) -> int:
         """Return the FLOPs of one sample behind the backbones, forward and backward: heads, decoders."""
         raise NotImplementedError
+
+    def messages(self, samples: int) -> Sequence[Message]:
+        """Return what each process tells the others in a step, where each of them has so many samples."""
+        return ()
 
     def shared_layers(self, plan: StepPlan) -> int:
         """Return the first layers whose output a momentum encoder takes over instead of computing it again."""

@@ -15,11 +15,11 @@ from data.views import ViewSpec
 from pipeline.compression import Compression, PatchScaling
 from pipeline.distributed import at_least_fp32, mean_over_ranks
 from pipeline.losses import centered_softmax, distillation
-from pipeline.methods.base import Batch, Forward, Method, StepOutput
+from pipeline.methods.base import Batch, Forward, Message, Method, StepOutput
 from pipeline.methods.indicators import entropy_ratio, spread
 from pipeline.methods.multicrop import Group, encode, encode_prefix
 from pipeline.models.flops import linear_flops
-from pipeline.models.heads import PrototypeHead
+from pipeline.models.heads import PrototypeHead, batch_statistics
 from pipeline.models.initialization import initialize_as_dino
 from pipeline.models.momentum import MomentumEncoder
 from pipeline.models.vit import Known, ViT
@@ -160,6 +160,12 @@ class DINO(Method):
         students, teachers = len(self._queries) + len(self._small), len(self._keys)
         learning = 3 if plan.last_layer_rate > 0 else 2
         return students * (3 * mlp + learning * prototypes) + teachers * (mlp + prototypes)
+
+    def messages(self, samples: int) -> Sequence[Message]:
+        """Return the center, and the batch statistics of both heads if there are any."""
+        statistics = batch_statistics(self.head)
+        students = [Message(numbers, learns=True) for numbers in statistics]
+        return [*students, *map(Message, statistics), Message(self.config.out_dim, gathered=False)]
 
     def shared_layers(self, plan: StepPlan) -> int:
         """Return the layers that rest in student and teacher, where both see the same large crops."""

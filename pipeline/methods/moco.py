@@ -15,11 +15,11 @@ from data.recipes import moco_views
 from data.views import ViewSpec
 from pipeline.compression import Compression, PatchScaling
 from pipeline.losses import info_nce
-from pipeline.methods.base import Batch, Forward, Method, StepOutput
+from pipeline.methods.base import Batch, Forward, Message, Method, StepOutput
 from pipeline.methods.indicators import spread
 from pipeline.methods.multicrop import Group, encode, encode_prefix
 from pipeline.models.flops import linear_flops
-from pipeline.models.heads import mlp_head
+from pipeline.models.heads import batch_statistics, mlp_head
 from pipeline.models.initialization import initialize_as_moco_v3
 from pipeline.models.momentum import MomentumEncoder
 from pipeline.models.vit import Known, ViT
@@ -110,6 +110,13 @@ class MoCo(Method):
     def head_flops(self, plan: StepPlan) -> int:
         """Return those of projector and predictor, which learn, and of the momentum encoder's projector."""
         return len(self._pairs) * (4 * linear_flops(self.projector) + 3 * linear_flops(self.predictor))
+
+    def messages(self, samples: int) -> Sequence[Message]:
+        """Return the batch statistics of all heads, and the keys."""
+        projector, predictor = batch_statistics(self.projector), batch_statistics(self.predictor)
+        learning = [Message(numbers, learns=True) for numbers in (*projector, *predictor)]
+        keys = [Message(samples * self.config.out_dim), *map(Message, projector)]
+        return [*learning, *keys] * len(self._pairs)
 
     def shared_layers(self, plan: StepPlan) -> int:
         """Return the layers that rest in both encoders, where both see the same."""

@@ -11,11 +11,11 @@ from torch import Tensor
 from data.recipes import simclr_views
 from data.views import ViewSpec
 from pipeline.losses import nt_xent
-from pipeline.methods.base import Batch, Forward, Method, StepOutput
+from pipeline.methods.base import Batch, Forward, Message, Method, StepOutput
 from pipeline.methods.indicators import spread
 from pipeline.methods.multicrop import encode
 from pipeline.models.flops import linear_flops
-from pipeline.models.heads import mlp_head
+from pipeline.models.heads import batch_statistics, mlp_head
 from pipeline.models.initialization import initialize_as_moco_v3
 from pipeline.models.vit import ViT
 from pipeline.schedules import StepPlan
@@ -82,6 +82,11 @@ class SimCLR(Method):
     def head_flops(self, plan: StepPlan) -> int:
         """Return those of the projector, through which both views go."""
         return 2 * 3 * linear_flops(self.projector)
+
+    def messages(self, samples: int) -> Sequence[Message]:
+        """Return batch statistics and outputs of both views, all of which learn."""
+        numbers = [*batch_statistics(self.projector), samples * self.config.out_dim]
+        return [Message(each, learns=True) for each in numbers] * 2
 
     def _features(self, batch: Batch, plan: StepPlan) -> dict[int, Tensor]:
         sides = {0: plan.query, 1: plan.key}

@@ -29,6 +29,11 @@ def mlp_head(num_layers: int, in_dim: int, hidden_dim: int, out_dim: int, *, las
     return nn.Sequential(*modules, last)
 
 
+def batch_statistics(head: nn.Module) -> list[int]:
+    """Return how many numbers a process brings to each batch norm of a head: means and variances."""
+    return [2 * module.num_features for module in head.modules() if isinstance(module, GlobalBatchNorm)]
+
+
 class PrototypeHead(nn.Module):
     """DINO's head: three layers with GELU, a normalized bottleneck, its similarity to prototypes. [B, D] -> [B, K]."""
 

@@ -153,6 +153,8 @@ def test_refusals(overrides: list[str], sentence: str) -> None:
         ),
         ("bench", ["patch_sizes=[0]"], "patch_sizes must be numbers of pixels, got [0]; [] is the model's own."),
         ("bench", ["samples_per_second=inf"], "samples_per_second must be above 0, got inf."),
+        ("bench", ["ranks=[0,2]"], "ranks must be numbers of processes, got [0, 2]; [1,2] is usual."),
+        ("bench", ["peak_teraflops=-1"], "peak_teraflops must be at least 0, got -1; 0 takes that of known GPUs."),
         ("bench", ["rounds=0"], "rounds and batch_size must be at least 1 and 2, got 0 and 64."),
     ],
 )

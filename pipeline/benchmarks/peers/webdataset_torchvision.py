@@ -20,6 +20,8 @@ from pipeline.benchmarks.timing import Stream
 
 # Samples that each worker holds back to mix them, as usual in the library's examples.
 _SHUFFLE = 1000
+# Batches that each worker makes ahead: PyTorch's default.
+AHEAD_OF_WORKERS = 2
 
 
 def _pil(content: bytes) -> Image.Image:
@@ -31,9 +33,11 @@ def _tensor(content: bytes) -> Tensor:
     return image
 
 
+# What published training scripts have.
+V1_ON_PIL = "webdataset + torchvision v1 on PIL"
 # The ways in use, none of which is the fastest everywhere: name -> decoder and transforms.
 VARIANTS: dict[str, tuple[Callable[[bytes], Any], Callable[[ViewSpec], Transform]]] = {
-    "webdataset + torchvision v1 on PIL": (_pil, v1_pil),
+    V1_ON_PIL: (_pil, v1_pil),
     "webdataset + torchvision v2 on PIL": (_pil, v2_pil),
     "webdataset + torchvision v2 on tensors": (_tensor, v2_tensor),
 }
@@ -52,7 +56,13 @@ class _Views:
 
 
 def webdataset_batches(
-    variant: str, tars: Sequence[Path], specs: Sequence[ViewSpec], *, batch_size: int, workers: int
+    variant: str,
+    tars: Sequence[Path],
+    specs: Sequence[ViewSpec],
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool = False,
 ) -> Stream:
     """Yield batches of views, float32 [B, 3, S, S] per spec, for ever; every epoch in an order of its own.
 
@@ -66,7 +76,13 @@ def webdataset_batches(
         .repeat()
     )
     loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
-        dataset, batch_size, num_workers=workers, worker_init_fn=_one_thread, multiprocessing_context="fork"
+        dataset,
+        batch_size,
+        num_workers=workers,
+        prefetch_factor=AHEAD_OF_WORKERS,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="fork",
     )
     yield from loader
 
