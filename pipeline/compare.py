@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.benchmarks.report import Column, Report
 from pipeline.children import own_directory
-from pipeline.config import CompareConfig
-from pipeline.trials import Task, Trial, caveats, check
+from pipeline.config import GROUPS
+from pipeline.methods import METHODS, FineTune, Method
+from pipeline.trials import Task, Trial, caveats, check, check_support
 
 MARKER = ".coldpress-compare"
 COLUMNS = (
@@ -26,6 +28,35 @@ COLUMNS = (
     Column("data_wait", "data wait", ".1%"),
     Column("realized", "realized", ".2f"),
 )
+
+
+@dataclass
+class CompareConfig:
+    """Every method with and without compression at the same cost, with a small ViT on small images."""
+
+    shards: str
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    val: str = ""
+    output: str = "runs/compare"
+    methods: list[str] = field(default_factory=lambda: ["moco", "simclr", "dino"])
+    patch_size: int = 8
+    dropout: float = 0.5
+    # Units of cost of each run.
+    budget: float = 120e3
+    # Support samples of the k-NN evaluations; 0 takes all.
+    support: int = 5000
+
+    def __post_init__(self) -> None:
+        possible = [name for name, kind in GROUPS["method"].items() if _compares(METHODS[kind])]
+        if not self.methods or set(self.methods) - set(possible):
+            raise ValueError(f"methods must be some of {', '.join(possible)}, got {self.methods}.")
+        check_support(self.support)
+        if not 0 < self.budget < math.inf:
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
+
+
+def _compares(method: type[Method]) -> bool:
+    return not method.incompressible and not issubclass(method, FineTune)
 
 
 def run(config: CompareConfig) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from monitoring.metrics import TERMS
 from pipeline.benchmarks.report import Column, Report
 from pipeline.children import metrics_of, own_directory
-from pipeline.config import CompareFreezingConfig
 from pipeline.freezing_plots import freezing_picture
-from pipeline.trials import Task, Trial, check_shards, short_runs, step_seconds
+from pipeline.trials import Task, Trial, check_shards, check_support, short_runs, step_seconds
 
 MARKER = ".coldpress-compare-freezing"
 UNFROZEN, UNSCALED, SCALED, SHORTENED = "unfrozen", "frozen", "frozen, scaled", "shortened"
@@ -28,6 +27,27 @@ COLUMNS = (
     Column("knn", "to", ".1%"),
     Column("optimizer_mib", "optimizer MiB at the end", ".1f"),
 )
+
+
+@dataclass
+class CompareFreezingConfig:
+    """Runs of one experiment without freezing, with it, and cut short at the cost of the frozen one."""
+
+    shards: str
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    val: str = ""
+    output: str = "runs/compare-freezing"
+    # The experiment that all runs start from.
+    baseline: str = "small_localmim"
+    # Steps of the runs that are not cut short.
+    steps: int = 400
+    # Support samples of the k-NN evaluations; 0 takes all.
+    support: int = 5000
+
+    def __post_init__(self) -> None:
+        check_support(self.support)
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}; 400 take minutes a run on two cores.")
 
 
 def run(config: CompareFreezingConfig) -> None:

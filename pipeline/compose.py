@@ -34,13 +34,13 @@ ROOTS: dict[str, tuple[str, str]] = {
     "status": ("pipeline.status", "StatusConfig"),
     "report": ("pipeline.report", "ReportConfig"),
     "analyze": (RUNS, "AnalyzeConfig"),
-    "compare": (RUNS, "CompareConfig"),
-    "compare-freezing": (RUNS, "CompareFreezingConfig"),
-    "study": (RUNS, "StudyConfig"),
+    "compare": ("pipeline.compare", "CompareConfig"),
+    "compare-freezing": ("pipeline.compare_freezing", "CompareFreezingConfig"),
+    "study": ("pipeline.study", "StudyConfig"),
     "bench": (RUNS, "BenchConfig"),
     "gpu-exporter": ("monitoring.exporters.gpu_exporter", "GpuExporterConfig"),
     "slurm-exporter": ("monitoring.exporters.slurm_exporter", "SlurmExporterConfig"),
-    "demo": (RUNS, "DemoConfig"),
+    "demo": ("pipeline.demo", "DemoConfig"),
 }
 
 

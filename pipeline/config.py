@@ -18,14 +18,11 @@ from pipeline.compression.base import check_divides
 from pipeline.engine_config import FSDP2, SHARDED, EngineConfig, Zero0, Zero2, Zero3
 from pipeline.freezing import FreezeOut, FreezeSchedule, NoFreeze
 from pipeline.methods import (
-    METHODS,
     DINOConfig,
-    FineTune,
     FineTuneDeiTConfig,
     FineTuneLocalMIMConfig,
     FineTuneMAEConfig,
     LocalMIMConfig,
-    Method,
     MoCoConfig,
     SimCLRConfig,
 )
@@ -191,91 +188,6 @@ class AnalyzeConfig:
 
 
 @dataclass
-class DemoConfig:
-    """The whole pipeline in minutes, on drawn images or on a folder or tar of one's own."""
-
-    images: str = ""
-    output: str = "runs/demo"
-
-
-@dataclass
-class CompareConfig:
-    """Every method with and without compression at the same cost, with a small ViT on small images."""
-
-    shards: str = MISSING
-    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
-    val: str = ""
-    output: str = "runs/compare"
-    methods: list[str] = field(default_factory=lambda: ["moco", "simclr", "dino"])
-    patch_size: int = 8
-    dropout: float = 0.5
-    # Units of cost of each run.
-    budget: float = 120e3
-    # Support samples of the k-NN evaluations; 0 takes all.
-    support: int = 5000
-
-    def __post_init__(self) -> None:
-        possible = [name for name, kind in GROUPS["method"].items() if _compares(METHODS[kind])]
-        if not self.methods or set(self.methods) - set(possible):
-            raise ValueError(f"methods must be some of {', '.join(possible)}, got {self.methods}.")
-        _check_support(self.support)
-        if not 0 < self.budget < math.inf:
-            raise ValueError(f"budget must be above 0, got {self.budget:g}; 120e3 takes minutes a run on two cores.")
-
-
-@dataclass
-class CompareFreezingConfig:
-    """Runs of one experiment without freezing, with it, and cut short at the cost of the frozen one."""
-
-    shards: str = MISSING
-    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
-    val: str = ""
-    output: str = "runs/compare-freezing"
-    # The experiment that all runs start from.
-    baseline: str = "small_localmim"
-    # Steps of the runs that are not cut short.
-    steps: int = 400
-    # Support samples of the k-NN evaluations; 0 takes all.
-    support: int = 5000
-
-    def __post_init__(self) -> None:
-        _check_support(self.support)
-        if self.steps < 2:
-            raise ValueError(f"steps must be at least 2, got {self.steps}; 400 take minutes a run on two cores.")
-
-
-@dataclass
-class StudyConfig:
-    """Baseline, analysis, schedule, and runs of one budget without compression, constant, staged and adaptive."""
-
-    shards: str = MISSING
-    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
-    val: str = ""
-    output: str = "runs/study"
-    # The experiment that all runs start from.
-    baseline: str = "tiny_moco"
-    seeds: list[int] = field(default_factory=lambda: [0])
-    # Units of cost of each run.
-    budget: float = 200e3
-    # Of the analysis, as in `coldpress analyze`.
-    patch_sizes: list[int] = field(default_factory=list)
-    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75])
-    samples: int = 4096
-    sub_batch: int = 64
-    # Of its budget, what the adaptive run may spend on measuring. In runs of some hundred steps the usual 0.02 would
-    # pay for a handful of measurements.
-    adaptive_share: float = 0.1
-    # Support samples of the k-NN evaluations; 0 takes all.
-    support: int = 5000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget < math.inf:
-            raise ValueError(f"budget must be above 0, got {self.budget:g}; 200e3 takes minutes a run on two cores.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be one or several different numbers, got {self.seeds}.")
-
-
-@dataclass
 class BenchConfig:
     """Measurements against a baseline in the same run."""
 
@@ -334,10 +246,6 @@ class BenchConfig:
         _check_compiles(self.engine, self.model)
 
 
-def _compares(method: type[Method]) -> bool:
-    return not method.incompressible and not issubclass(method, FineTune)
-
-
 def _check_compiles(engine: EngineConfig, model: ViTConfig) -> None:
     if model.compile and engine.stage == SHARDED:
         raise ValueError(
@@ -348,11 +256,6 @@ def _check_compiles(engine: EngineConfig, model: ViTConfig) -> None:
 
 def _name(engine: EngineConfig) -> str:
     return "fsdp2" if isinstance(engine, FSDP2) else f"zero{engine.stage}"
-
-
-def _check_support(support: int) -> None:
-    if support < 0:
-        raise ValueError(f"support must be a number of samples, got {support}; 0 takes all.")
 
 
 # group -> option -> config. A new method, compression schedule or freeze rule is one line here.

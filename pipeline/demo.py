@@ -12,7 +12,6 @@ from pathlib import Path
 from data.drawn import draw_image_folder
 from data.manifest import Manifest
 from pipeline.children import best_knn, coldpress, metrics_of, own_directory, running
-from pipeline.config import DemoConfig
 from pipeline.plots import training_picture
 from pipeline.preemption import EXIT_STOPPED
 
@@ -42,6 +41,14 @@ class Place:
     def metrics(self) -> Path:
         """Return the run's metrics file."""
         return self.run / "metrics.jsonl"
+
+
+@dataclass
+class DemoConfig:
+    """The whole pipeline in minutes, on drawn images or on a folder or tar of one's own."""
+
+    images: str = ""
+    output: str = "runs/demo"
 
 
 def run(config: DemoConfig) -> None:

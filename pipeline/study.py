@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.checkpoint_files import checkpoints, progress_of, step_of
 from pipeline.children import coldpress, metrics_of, own_directory
 from pipeline.compose import load
 from pipeline.compression import Adaptive
-from pipeline.config import StudyConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.methods import check_compressible
 from pipeline.study_plots import study_picture
 from pipeline.trials import Task, Trial, caveats, check
@@ -42,6 +42,37 @@ COLUMNS = (
     Column("reached", "reached: cost", ".0%"),
     Column("reached_time", "time", ".0%"),
 )
+
+
+@dataclass
+class StudyConfig:
+    """Baseline, analysis, schedule, and runs of one budget without compression, constant, staged and adaptive."""
+
+    shards: str
+    # Labelled shards to classify by the training shards; without, a held-out fifth of the training shards.
+    val: str = ""
+    output: str = "runs/study"
+    # The experiment that all runs start from.
+    baseline: str = "tiny_moco"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    # Units of cost of each run.
+    budget: float = 200e3
+    # Of the analysis, as in `coldpress analyze`.
+    patch_sizes: list[int] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75])
+    samples: int = 4096
+    sub_batch: int = 64
+    # Of its budget, what the adaptive run may spend on measuring. In runs of some hundred steps the usual 0.02 would
+    # pay for a handful of measurements.
+    adaptive_share: float = 0.1
+    # Support samples of the k-NN evaluations; 0 takes all.
+    support: int = 5000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < math.inf:
+            raise ValueError(f"budget must be above 0, got {self.budget:g}; 200e3 takes minutes a run on two cores.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be one or several different numbers, got {self.seeds}.")
 
 
 def run(config: StudyConfig) -> None:

@@ -155,6 +155,11 @@ def short_runs(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def check_support(support: int) -> None:
+    if support < 0:
+        raise ValueError(f"support must be a number of samples, got {support}; 0 takes all.")
+
+
 def check_shards(task: Task) -> None:
     """Raise ValueError for shards that are not whole, or have no labels or not the same ones."""
     train, val = task.shards, task.val or task.shards

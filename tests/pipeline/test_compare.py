@@ -9,9 +9,8 @@ import pytest
 from data.shard import ShardConfig
 from data.shard import run as shard
 from pipeline.children import coldpress
-from pipeline.compare import run, trials
+from pipeline.compare import CompareConfig, run, trials
 from pipeline.compose import load
-from pipeline.config import CompareConfig
 from pipeline.trials import Task, caveats, check, cost_of_step, summarize
 
 

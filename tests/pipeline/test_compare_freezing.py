@@ -8,9 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline.children import coldpress
-from pipeline.compare_freezing import ratios, run, trial, verdict
+from pipeline.compare_freezing import CompareFreezingConfig, ratios, run, trial, verdict
 from pipeline.compose import load
-from pipeline.config import CompareFreezingConfig
 from pipeline.freezing_plots import freezes, freezing_picture
 from pipeline.trials import step_seconds
 
