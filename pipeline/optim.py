@@ -105,8 +105,12 @@ def _is_vector(parameter: nn.Parameter) -> bool:
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimConfig, *, on_host: bool = False) -> torch.optim.AdamW:
-    """Return the optimizer; the learning rate of each group is written at every step."""
+    """Return the optimizer; the learning rate of each group is written at every step.
+
+    `on_host`: what it steps will be there, wherever the parameters are.
+    """
     first, second = config.betas
+    on_host = on_host or all(p.device.type == "cpu" for group in groups for p in group["params"])
     # On a CPU the default is several passes over the memory, which is what the step waits for; of a GPU it is up to
     # PyTorch.
     fused = True if on_host else None

@@ -17,6 +17,7 @@ from pipeline.compression import Compression
 from pipeline.config import BenchConfig
 from pipeline.distributed import World
 from pipeline.engine_config import FSDP2
+from pipeline.flops import step_flops
 from pipeline.freezing import FreezeOut
 
 # Of paper B: ten of a hundred epochs.
@@ -38,7 +39,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Some frozen layers: times as shares of the unfrozen twin's, `ideal` from multiplications, and what is kept."""
+    """Some frozen layers: times as shares of the unfrozen twin's, `ideal` the same of FLOPs, and what is kept."""
 
     frozen: int
     milliseconds: float
@@ -71,8 +72,8 @@ def bench_freezing(config: BenchConfig, world: World) -> Report:
     engine, method = make_engine(config, world)
     twin, _ = make_engine(config, world)
     baseline = make_plan(config, method, Compression(), 0)
-    rows = []
-    batch = make_batch(config, world, method)
+    rows: list[Row] = []
+    batch, local = make_batch(config, world, method), config.batch_size // world.size
     for frozen in range(method.encoder.num_layers):
         plan = make_plan(config, method, Compression(), frozen)
         begin = time.perf_counter()
@@ -85,7 +86,8 @@ def bench_freezing(config: BenchConfig, world: World) -> Report:
                 frozen=frozen,
                 milliseconds=1e3 * statistics.median(seconds),
                 **Spread.of(ratios).fields("ratio"),
-                ideal=method.sample_cost(plan) / method.sample_cost(baseline),
+                # Heads, which never freeze, and a prefix that both encoders share by now among them.
+                ideal=step_flops(method, plan, local) / step_flops(method, baseline, local),
                 activation_mib=kept_for_backward(method, batch, plan) / MIB,
                 peak_mib=peak_of(partial(engine.step, batch, plan), world.device),
                 optimizer_mib=engine.optimizer_bytes() / MIB,

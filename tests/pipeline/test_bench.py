@@ -131,12 +131,13 @@ def test_what_watching_takes_adds_up(
 def test_frozen_layers_against_a_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measure(tmp_path, "what=freezing")
     assert [r["frozen"] for r in rows] == [0, 1, 2]
-    # One of two blocks keeps its forward and loses its backward: of 3 + 1 forwards one is gone.
-    assert [r["ideal"] for r in rows] == pytest.approx([1.0, 1.0, 3 / 4])
+    # One of two blocks keeps its forward and loses its backward: of 3 + 1 forwards one is gone; heads do not freeze.
+    assert [r["ideal"] for r in rows] == pytest.approx([1.0, 1.0, 3 / 4], abs=0.02)
+    assert rows[2]["ideal"] > 3 / 4
     assert all(r["milliseconds"] > 0 for r in rows)
     assert rows[0]["optimizer_mib"] > rows[1]["optimizer_mib"] > rows[2]["optimizer_mib"]
     assert rows[1]["activation_mib"] > 1.2 * rows[2]["activation_mib"]
-    assert rows[2]["realized"] == pytest.approx((1 - rows[2]["ratio"]) / (1 / 4))
+    assert rows[2]["realized"] == pytest.approx((1 - rows[2]["ratio"]) / (1 - rows[2]["ideal"]))
     assert "that could be saved" in capsys.readouterr().out
 
 

@@ -58,7 +58,8 @@ AGAINST_PLAIN_TORCH = """
     masters = [p.detach().float().clone() for p in params]
     last, = (m for m, p in zip(masters, params) if p is plain.last_layer()[0])
     start_of_last = plain.last_layer()[0].detach().clone()
-    optimizer = torch.optim.AdamW([dict(params=[m], weight_decay=0.1 if m.ndim > 1 else 0.0) for m in masters])
+    groups = [dict(params=[m], weight_decay=0.1 if m.ndim > 1 else 0.0) for m in masters]
+    optimizer = torch.optim.AdamW(groups, fused=True)
     layer_of = {{id(p): i for i, layer in enumerate(plain.layers()) for p in layer}}
     clipped = kept = 0
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from pipeline.methods.moco import MoCo
 from pipeline.optim import HEADS, LAST_LAYER, VECTORS, OptimConfig, adamw, parameter_groups
@@ -40,6 +41,14 @@ def test_what_never_decays_is_with_the_vectors(make_moco: Callable[..., MoCo]) -
         assert any(g["name"] == f"layer01{VECTORS}" for g in groups) is not decay_vectors
         members = [id(p) for g in groups for p in g["params"]]
         assert sorted(members) == sorted(id(p) for p in moco.parameters() if p.requires_grad)
+
+
+def test_a_cpu_steps_in_one_pass(make_moco: Callable[..., MoCo]) -> None:
+    moco = make_moco()
+    for device, on_host, fused in (("cpu", False, True), ("meta", True, True), ("meta", False, None)):
+        groups = parameter_groups(moco.layers(), moco.parameters())
+        moved = [{**g, "params": [torch.nn.Parameter(p.to(device)) for p in g["params"]]} for g in groups]
+        assert {g["fused"] for g in adamw(moved, OptimConfig(), on_host=on_host).param_groups} == {fused}
 
 
 def test_the_optimizer_has_the_configs_numbers(make_moco: Callable[..., MoCo]) -> None:
