@@ -35,10 +35,11 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# pytest-xdist goes on where a file cannot be imported, and would say so half an hour later.
+# pytest-xdist goes on where a file cannot be imported, and would say so half an hour later. One thread for each worker:
+# two that share two cores wait for each other.
 suite: $(INSTALLED)
 	@$(BIN)/pytest --collect-only -qq >/dev/null || $(BIN)/pytest --collect-only -qq
-	$(BIN)/pytest -q -n 2 --dist worksteal --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal --durations=15
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow --durations=15
