@@ -30,10 +30,13 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|tor
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import deepspeed.runtime.bf16_optimizer  # noqa: E402
+import deepspeed.runtime.compiler  # noqa: E402
 
 # What of DeepSpeed's own could be compiled here: nothing. Asked for, the table compiles test programs, whose commands
 # land on the screen; and what it lists is compiled at the first start (up to 100 s), for inference only.
 deepspeed.ops.__compatible_ops__ = {}
+# Looking for Muon, it wraps what Muon would compile, which loads PyTorch's compiler: a second of every start.
+deepspeed.runtime.compiler.compile = lambda: lambda function: function
 # It prints pages on memory, collects garbage for them, and resets the peak that others measure.
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -119,7 +119,7 @@ class SlurmCluster:
 
     def environment(self) -> dict[str, str]:
         """Return the environment of clients, without what a surrounding job left."""
-        ours = {k: v for k, v in os.environ.items() if not re.match(r"(SLURM|SBATCH|SRUN|SQUEUE|SCANCEL)_", k)}
+        ours = {k: v for k, v in os.environ.items() if not re.match(r"(SLURM|SBATCH|SRUN|SQUEUE|SCANCEL)_|OMP_", k)}
         return {**ours, "PATH": PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
 
     def run(self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
