@@ -129,7 +129,8 @@ EVERY = {1: ["optimizer"], 2: ["optimizer"], 3: ["optimizer", "parameters"]}
 @pytest.mark.parametrize(
     ("precision", "ranks", "places", "micro_batch", "optim", "tolerances"),
     [
-        ("fp32", 1, EVERY, 4, {"clip": 0.5}, (1e-4, 1e-6, 1e-6)),
+        # The last bit of the norm that clips, which Adam turns into more.
+        ("fp32", 1, EVERY, 4, {"clip": 0.5}, (1e-4, 1e-5, 1e-5)),
         ("bf16", 1, EVERY, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
         ("fp32", 2, {2: ["optimizer"], 3: ["parameters"]}, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
         ("bf16", 2, {1: ["optimizer"], 3: ["optimizer"]}, 2, {"clip": 0.5}, (1e-2, 1e-2, 1e-2)),
