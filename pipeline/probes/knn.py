@@ -72,7 +72,7 @@ class ProbeConfig:
     """k-NN among samples of the training shards, seen in training without their labels, every so often."""
 
     # The largest share of the run's time that probing may take; 0 turns it off.
-    share: float = 0.03
+    share: float = 0.005
     support: int = 2000
     queries: int = 500
     k: int = 20
