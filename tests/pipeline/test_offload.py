@@ -129,6 +129,7 @@ EVERY = {1: ["optimizer"], 2: ["optimizer"], 3: ["optimizer", "parameters"]}
 @pytest.mark.parametrize(
     ("precision", "ranks", "places", "micro_batch", "optim", "tolerances"),
     [
+        ("fp32", 1, EVERY, 4, {"clip": 0.0}, (1e-4, 0, 0)),
         # The last bit of the norm that clips, which Adam turns into more.
         ("fp32", 1, EVERY, 4, {"clip": 0.5}, (1e-4, 1e-5, 1e-5)),
         ("bf16", 1, EVERY, 0, {"clip_each": 0.05}, (1e-6, 0, 0)),
