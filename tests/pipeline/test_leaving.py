@@ -1,5 +1,6 @@
 """The real command is asked to leave at any moment, hangs or fails, and leaves as it should."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -216,13 +217,22 @@ def await_listening(process: subprocess.Popen[str]) -> None:
     """Wait until the process has opened the store in which the others would meet it."""
     deadline = time.monotonic() + 90
     while True:
-        sockets = {os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir() if link.is_symlink()}
+        sockets = open_files(process.pid)
         rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
         if any(row[3] == "0A" and f"socket:[{row[9]}]" in sockets for row in rows[1:]):
             break
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)
+
+
+def open_files(pid: int) -> set[str]:
+    """Return what a process has open; it goes on meanwhile, so a file may be closed between its name and its reading."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(link))
+    return found
 
 
 def test_operators_see_all_stacks_while_the_process_goes_on(command: Command) -> None:
