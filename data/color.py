@@ -43,12 +43,20 @@ class Fused(IntEnum):
 
 
 class Exact(IntEnum):
-    """Where the numbers of `exact_parameters` are."""
+    """Where the numbers of `exact_parameters` are. Behind three weights always stands a gray level that is added."""
 
-    OFFSET = 0  # of the saturation, in gray levels
-    LUMA_OFFSET = 1
-    WEIGHTS = 2  # of the luma, 3 numbers
-    MATRIX = 5  # of the saturation, 3x3, row by row
+    LUMA = 0  # 4 numbers
+    SATURATION = 4  # a mixing of colors, 3x4, row by row
+    STEPS = 16  # which of `EXACT_STEPS` are taken, 0 or 1
+
+
+_B, _C, _S, _H = JITTERS
+
+EXACT_STEPS = (_B, _C, _B, _S, _B, _C, _B, _H, _B, _C, _B, _S, _B, _C, _B)
+"""Operators in a row in which each of the 24 orders of the four is found by leaving others out.
+
+The graph holds each as often as it stands here, so that the cheapest stands here most, and the hue once.
+"""
 
 
 def fused_parameters(rows: Floats) -> Floats:
@@ -102,15 +110,26 @@ def _mixing(rows: Floats) -> NDArray[np.float64]:
 
 
 def exact_parameters(rows: Floats) -> Floats:
-    """Return, for parameter rows [n, len(Column)], what the exact jitter takes: [n, 14] as told by `Exact`.
+    """Return, for parameter rows [n, len(Column)], what the exact jitter takes: [n, 31] as told by `Exact`.
 
     torchvision's saturation blends with the truncated luma and truncates the result.
     """
-    factor = rows[:, Column.SATURATION, None].astype(float)
-    matrix = factor[:, :, None] * np.eye(3) + (1 - factor[:, :, None]) * np.array(TORCHVISION_LUMA)
-    offset = -TRUNCATION - 0.5 * (1 - factor)
-    weights = np.broadcast_to((-0.5, *TORCHVISION_LUMA), (len(rows), 4))
-    return np.hstack([offset, weights, matrix.reshape(-1, 9)]).astype(np.float32)
+    luma = np.broadcast_to((*TORCHVISION_LUMA, -0.5), (len(rows), 4))
+    factor = rows[:, Column.SATURATION, None, None].astype(float)
+    matrix = factor * np.eye(3) + (1 - factor) * np.array(TORCHVISION_LUMA)
+    offset = np.broadcast_to(-TRUNCATION - 0.5 * (1 - factor), (len(rows), 3, 1))
+    saturation = np.concatenate([matrix, offset], axis=2).reshape(-1, 12)
+    return np.hstack([luma, saturation, _steps(rows)]).astype(np.float32)
+
+
+def _steps(rows: Floats) -> NDArray[np.bool_]:
+    """Return which of `EXACT_STEPS` each row takes, [n, 15]: for each operator the first behind the one before it."""
+    steps, numbers = np.array(EXACT_STEPS), np.arange(len(EXACT_STEPS))
+    taken, last = np.zeros((len(rows), len(steps)), bool), np.full(len(rows), -1)
+    for slot in range(Column.FIRST, Column.FIRST + len(JITTERS)):
+        last = np.argmax((steps == rows[:, slot, None]) & (numbers > last[:, None]), axis=1)
+        taken[np.arange(len(rows)), last] = rows[:, Column.JITTER] > 0
+    return taken
 
 
 def blur_kernels(rows: Floats) -> list[Floats]:

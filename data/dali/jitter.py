@@ -13,7 +13,7 @@ from typing import Any
 import nvidia.dali.math as dm
 from nvidia.dali import fn
 
-from data.color import TRUNCATION, Exact, Fused
+from data.color import EXACT_STEPS, TRUNCATION, Exact, Fused
 from data.dali.pixels import Pixels, beside
 from data.views import JITTERS, Column, ViewSpec
 
@@ -53,9 +53,9 @@ def _tone(view: Any, parameters: Any, number: int, mean: Any, pixels: Pixels) ->
 def exact(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
     """Jitter op by op and take to gray. ``parameters``: those of `data.color.Exact`."""
     if spec.jitter_probability > 0:
-        view = change_where(row[Column.JITTER] > 0, view, lambda some: _in_order(some, row, parameters, spec, pixels))
+        view = _in_order(view, row, parameters, spec, pixels)
     if spec.grayscale > 0:
-        view = change_where(row[Column.GRAYSCALE] > 0, view, lambda some: _gray(some, parameters, pixels))
+        view = change_where(row[Column.GRAYSCALE], view, lambda some: _gray(some, parameters, pixels))
     return view
 
 
@@ -66,10 +66,9 @@ def _in_order(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixe
         Column.SATURATION: lambda some: _saturation(some, parameters, pixels),
         Column.HUE: lambda some: _hue(some, row, spec, pixels),
     }
-    for slot in range(Column.FIRST, Column.FIRST + len(JITTERS)):
-        for k, column in enumerate(JITTERS):
-            if spec.jitter[k] > 0:
-                view = change_where(row[slot] == float(column), view, changes[column])
+    for number, column in enumerate(EXACT_STEPS):
+        if spec.jitter[JITTERS.index(column)] > 0:
+            view = change_where(parameters[Exact.STEPS + number], view, changes[column])
     return view
 
 
@@ -83,7 +82,7 @@ def _contrast(view: Any, row: Any, parameters: Any, pixels: Pixels) -> Any:
 
 
 def _saturation(view: Any, parameters: Any, pixels: Pixels) -> Any:
-    return pixels.mix(view, parameters[Exact.MATRIX :], parameters[Exact.OFFSET])
+    return pixels.mix(view, parameters[Exact.SATURATION : Exact.STEPS], shifted=True)
 
 
 def _gray(view: Any, parameters: Any, pixels: Pixels) -> Any:
@@ -91,19 +90,17 @@ def _gray(view: Any, parameters: Any, pixels: Pixels) -> Any:
 
 
 def _truncated_luma(view: Any, parameters: Any, pixels: Pixels) -> Any:
-    return pixels.luma(view, parameters[Exact.WEIGHTS : Exact.MATRIX], parameters[Exact.LUMA_OFFSET])
+    return pixels.luma(view, parameters[Exact.LUMA : Exact.SATURATION], shifted=True)
 
 
 def _hue(view: Any, row: Any, spec: ViewSpec, pixels: Pixels) -> Any:
     """Turn the hue of HSV, by a sixth of a turn at most in each pass."""
     passes = math.ceil(6 * spec.jitter[3])
     sixths = row[Column.HUE] * (1 / (60.0 * passes))
-    backwards = sixths < 0
+    levels = _reversed_where(sixths < 0, pixels.channels(view))
     for _ in range(passes):
-        red, green, blue = _reversed_where(backwards, pixels.channels(view))
-        turned = _turned(red, green, blue, dm.abs(sixths), pixels)
-        view = pixels.join(_reversed_where(backwards, turned))
-    return view
+        levels = _turned(levels, dm.abs(sixths), pixels)
+    return pixels.join(_reversed_where(sixths < 0, levels))
 
 
 def _reversed_where(on: Any, channels: list[Any]) -> list[Any]:
@@ -116,21 +113,23 @@ def _reversed_where(on: Any, channels: list[Any]) -> list[Any]:
     return [first, green, last]
 
 
-def _turned(red: Any, green: Any, blue: Any, sixths: Any, pixels: Pixels) -> list[Any]:
+def _turned(levels: list[Any], sixths: Any, pixels: Pixels) -> list[Any]:
     """Turn the hue by ``sixths`` of a turn, 0 to 1, from red towards green. All levels stay within 0 to 255.
 
-    Let V and m be the largest and the smallest of the three, and e = sixths (V - m). Then red becomes
-    red - green + q, clamped to [m, V], with q = m + e where blue is the largest and V - e elsewhere; and so on around
-    the circle. This is the turn of HSV, without divisions and without knowing the hue.
+    Let V and m be the largest and the smallest of the three, and e = sixths (V - m). A channel rises by what m + e is
+    above the next one (red's is green, and so on around the circle), to V at most, and falls by what the next one is
+    above V - e, to m at most. This is the turn of HSV, without divisions and without knowing the hue: where a channel
+    could do both, it is at V or at m already.
     """
+    red, green, blue = levels
     high = dm.max(dm.max(red, green), blue)
     low = dm.min(dm.min(red, green), blue)
     step = pixels.tone(high - low, sixths, 1.0, 0.0)
     rising, falling = low + step, high - step
 
-    def turned(channel: Any, following: Any, last: Any) -> Any:
-        level = (last == high) * rising + (last < high) * falling
-        larger = dm.max(channel, following)
-        return level + dm.min(larger - following, high - level) - dm.min(larger - channel, level - low)
+    def turned(level: Any, following: Any) -> Any:
+        rise = dm.min(dm.max(rising, following) - following, high - level)
+        fall = dm.min(dm.max(following, falling) - falling, level - low)
+        return level + rise - fall
 
-    return [turned(red, green, blue), turned(green, blue, red), turned(blue, red, green)]
+    return [turned(red, green), turned(green, blue), turned(blue, red)]

@@ -34,12 +34,12 @@ class Pixels(Protocol):
         """Return shift + brightness (center + contrast (view - center)), all in gray levels."""
         ...
 
-    def mix(self, view: Any, matrix: Any, offset: Any = None) -> Any:
-        """Multiply every pixel by a 3x3 matrix, given as 9 numbers, and add the offset, a gray level."""
+    def mix(self, view: Any, matrix: Any, shifted: bool = False) -> Any:
+        """Make each channel a weighted sum of all: 9 numbers, or 12 with a gray level that is added behind each 3."""
         ...
 
-    def luma(self, view: Any, weights: Any, offset: Any = None) -> Any:
-        """Return the one channel of weighted sums, plus the offset."""
+    def luma(self, view: Any, weights: Any, shifted: bool = False) -> Any:
+        """Return the one channel of weighted sums: 3 numbers, or 4 with a gray level that is added."""
         ...
 
     def blur(self, view: Any, kernel: Any, sigma: Any) -> Any:
@@ -64,7 +64,7 @@ class PlanarPixels:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._white = np.full((1, size, size), _LEVELS, np.uint8)
+        self._ones = np.ones((1, size, size), np.uint8)
 
     def arrange(self, view: Any) -> Any:
         return fn.transpose(view, perm=[2, 0, 1])
@@ -86,13 +86,13 @@ class PlanarPixels:
         )
         return fn.reshape(changed, layout="CHW")
 
-    def mix(self, view: Any, matrix: Any, offset: Any = None) -> Any:
-        planes = self._as_rows(view, offset)
-        rows = [_correlate(planes, matrix[3 * k : 3 * k + 3], offset) for k in range(3)]
+    def mix(self, view: Any, matrix: Any, shifted: bool = False) -> Any:
+        planes, length = self._as_rows(view, shifted), _numbers_per_channel(shifted)
+        rows = [_correlate(planes, matrix[k * length : (k + 1) * length]) for k in range(3)]
         return fn.reshape(fn.cat(*rows, axis=0), shape=[3, self._size, self._size], layout="CHW")
 
-    def luma(self, view: Any, weights: Any, offset: Any = None) -> Any:
-        row = _correlate(self._as_rows(view, offset), weights, offset)
+    def luma(self, view: Any, weights: Any, shifted: bool = False) -> Any:
+        row = _correlate(self._as_rows(view, shifted), weights)
         return fn.reshape(row, shape=[1, self._size, self._size], layout="CHW")
 
     def blur(self, view: Any, kernel: Any, sigma: Any) -> Any:
@@ -112,17 +112,19 @@ class PlanarPixels:
     def equalize(self, view: Any) -> Any:
         return self.arrange(fn.equalize(fn.transpose(view, perm=[1, 2, 0])))
 
-    def _as_rows(self, view: Any, offset: Any) -> Any:
-        """Return an image with a plane per row, and a white plane for the offset to weigh."""
-        if offset is not None:
-            view = fn.cat(view, types.Constant(self._white, device="cpu"), axis=0)
+    def _as_rows(self, view: Any, shifted: bool) -> Any:
+        """Return an image with a plane per row, and one of ones for the level that is added."""
+        if shifted:
+            view = fn.cat(view, types.Constant(self._ones, device="cpu"), axis=0)
         return fn.reshape(view, shape=[-1, self._size * self._size], layout="HW")
 
 
-def _correlate(rows: Any, weights: Any, offset: Any) -> Any:
-    if offset is not None:
-        weights = fn.cat(weights, fn.reshape(offset / _LEVELS, shape=[1]), axis=0)
+def _correlate(rows: Any, weights: Any) -> Any:
     return fn.filter(rows, fn.expand_dims(weights, axes=[1]), mode="valid")
+
+
+def _numbers_per_channel(shifted: bool) -> int:
+    return 4 if shifted else 3
 
 
 class InterleavedPixels:
@@ -142,11 +144,11 @@ class InterleavedPixels:
         brightness, contrast, shift = (beside(view, each) for each in (brightness, contrast, shift))
         return fn.cast(brightness * (center + contrast * (view - center)) + shift, dtype=types.UINT8)
 
-    def mix(self, view: Any, matrix: Any, offset: Any = None) -> Any:
-        return self._transform(view, matrix, offset, 3)
+    def mix(self, view: Any, matrix: Any, shifted: bool = False) -> Any:
+        return self._transform(view, matrix, 3, shifted)
 
-    def luma(self, view: Any, weights: Any, offset: Any = None) -> Any:
-        return self._transform(view, weights, offset, 1)
+    def luma(self, view: Any, weights: Any, shifted: bool = False) -> Any:
+        return self._transform(view, weights, 1, shifted)
 
     def blur(self, view: Any, kernel: Any, sigma: Any) -> Any:
         return fn.gaussian_blur(view, sigma=sigma)
@@ -162,9 +164,9 @@ class InterleavedPixels:
     def equalize(self, view: Any) -> Any:
         return fn.equalize(view)
 
-    def _transform(self, view: Any, matrix: Any, offset: Any, channels: int) -> Any:
-        shift = {} if offset is None else {"T": fn.stack(*[offset] * channels)}
-        return fn.coord_transform(view, M=fn.reshape(matrix, shape=[channels, 3]), dtype=types.UINT8, **shift)
+    def _transform(self, view: Any, numbers: Any, channels: int, shifted: bool) -> Any:
+        matrix = fn.reshape(numbers, shape=[channels, _numbers_per_channel(shifted)])
+        return fn.coord_transform(view, dtype=types.UINT8, **{"MT" if shifted else "M": matrix})
 
 
 def _warped(channel: Any, matrix: Any, fill: int) -> Any:

@@ -37,13 +37,13 @@ class Applied(IntEnum):
 
     OPERATOR = 0
     AMOUNT = 1
-    OFFSET = 2  # of colors, in gray levels
-    MATRIX = 3  # of colors or of a filter, 3x3; from a place in the result to that in the source, 2x3; row by row
+    OFFSET = 2  # in gray levels
+    MATRIX = 3  # row by row: a mixing of colors, 3x4; a filter, 3x3; from a place in the result to the source's, 2x3
 
 
 # What comes in from beyond the edges: ImageNet's mean color.
 FILL = (124, 116, 104)
-_WIDTH = Applied.MATRIX + 9
+_WIDTH = Applied.MATRIX + 12
 _IDENTITY = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 # PIL's filter SMOOTH, towards which or away from which sharpness goes.
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
@@ -70,7 +70,7 @@ def _matrix(operator: Operator, amount: float, size: int) -> NDArray[np.float64]
     if operator is Operator.CONTRAST:
         return np.array(LUMA)
     if operator is Operator.COLOR:
-        return amount * np.eye(3) + (1 - amount) * np.array(LUMA)
+        return np.column_stack([amount * np.eye(3) + (1 - amount) * np.array(LUMA), np.full(3, -TRUNCATION)])
     if operator is Operator.SHARPNESS:
         return amount * _IDENTITY + (1 - amount) * _SMOOTH
     if operator is Operator.ROTATE:
@@ -106,10 +106,10 @@ def _layer(view: Any, layer: Any, pixels: Pixels) -> Any:
         Operator.POSTERIZE: lambda some: some & beside(some, fn.cast(amount, dtype=types.UINT8)),
         Operator.SOLARIZE: lambda some: _where(some < beside(some, amount), some, _inverted(some)),
         Operator.SOLARIZE_ADD: lambda some: _where(some < 128.0, _raised(some, amount), some),
-        Operator.COLOR: lambda some: pixels.mix(some, matrix, offset),
+        Operator.COLOR: lambda some: pixels.mix(some, matrix, shifted=True),
         Operator.CONTRAST: lambda some: _contrast(some, amount, offset, matrix[:3], pixels),
         Operator.BRIGHTNESS: lambda some: pixels.tone(some, amount, 1.0, 0.0, shift=offset),
-        Operator.SHARPNESS: lambda some: pixels.filter(some, fn.reshape(matrix, shape=[3, 3]), offset),
+        Operator.SHARPNESS: lambda some: pixels.filter(some, fn.reshape(matrix[:9], shape=[3, 3]), offset),
     }
     operator = layer[Applied.OPERATOR]
     for each, change in changes.items():

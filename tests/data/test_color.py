@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from data.color import LUMA, Exact, Fused, blur_kernels, exact_parameters, fused_parameters, positions
+from data.color import EXACT_STEPS, LUMA, Exact, Fused, blur_kernels, exact_parameters, fused_parameters, positions
 from data.views import JITTERS, Column, ViewSpec, draw
 
 ORDERS = list(itertools.permutations(JITTERS))
@@ -83,9 +83,28 @@ def test_positions_invert_the_order() -> None:
 
 def test_exact_saturation_blends_with_the_luma() -> None:
     drawn = rows(20)
-    matrices = exact_parameters(drawn)[:, Exact.MATRIX :].reshape(-1, 3, 3)
+    matrices = exact_parameters(drawn)[:, Exact.SATURATION : Exact.STEPS].reshape(-1, 3, 4)
     gray, factor = np.array([0.2989, 0.587, 0.114]), drawn[:, Column.SATURATION, None, None]
-    assert np.allclose(matrices, factor * np.eye(3) + (1 - factor) * gray, atol=1e-6)
+    assert np.allclose(matrices[..., :3], factor * np.eye(3) + (1 - factor) * gray, atol=1e-6)
+    # The luma that is mixed in loses half a level by truncation in the mean, the result not quite half a level.
+    assert np.allclose(matrices[..., 3:], -0.49 - 0.5 * (1 - factor), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join(c.name[0] for c in order))
+def test_every_order_is_found_among_the_exact_steps(order: tuple[Column, ...]) -> None:
+    drawn = rows(2)
+    drawn[:, Column.FIRST :] = order
+    drawn[1, Column.JITTER] = 0
+    taken = exact_parameters(drawn)[:, Exact.STEPS :]
+    assert [step for step, on in zip(EXACT_STEPS, taken[0], strict=True) if on] == list(order)
+    assert not taken[1].any()
+
+
+def test_each_row_takes_the_steps_of_its_own_order() -> None:
+    drawn = rows()
+    for row, numbers in zip(drawn, exact_parameters(drawn), strict=True):
+        taken = [step for step, on in zip(EXACT_STEPS, numbers[Exact.STEPS :], strict=True) if on]
+        assert taken == row[Column.FIRST :].tolist()
 
 
 def test_kernels_are_gaussians_of_their_sigma() -> None:
