@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from data.dali import Encoded
 from data.defects import Defects
 from data.order import FixedOrder, Order
+from data.read_ahead import ReadAhead
 from data.reader import Damage, Reader, Sample
 from data.views import ViewSpec, draw
 
-# Reading waits for the file system rather than the processor, so more threads than cores are of use.
-_READ_THREADS = 8
-_SAMPLES_PER_READ = 16
 _REPLACEMENTS = 1000  # tried for one broken sample
 
 Places = NDArray[np.int64]
@@ -52,7 +50,7 @@ class Feed:
     ) -> None:
         self._reader, self._order, self._specs, self._defects = reader, order, tuple(specs), defects
         self._seed, self._batch_size, self._ahead = seed, batch_size, ahead
-        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
+        self._read_ahead = ReadAhead(reader.read)
 
     def encoded(self, places: Iterator[Places], handed_over: deque[Share]) -> Iterator[Encoded]:
         """Yield what DALI needs for each array of places; append its share to ``handed_over``.
@@ -62,7 +60,7 @@ class Feed:
         waiting: deque[tuple[Share, list[Future[list[Sample | Damage]]]]] = deque()
         for each in places:
             share = Share(each, *self._order.place(each))
-            waiting.append((share, self._start_reading(share)))
+            waiting.append((share, self._read_ahead.start(share.sample.tolist())))
             if len(waiting) > self._ahead:
                 yield self._take(waiting, handed_over)
         while waiting:
@@ -74,12 +72,7 @@ class Feed:
 
     def close(self) -> None:
         """Stop the reading threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _start_reading(self, share: Share) -> list[Future[list[Sample | Damage]]]:
-        ids = share.sample.tolist()
-        chunks = [ids[k : k + _SAMPLES_PER_READ] for k in range(0, len(ids), _SAMPLES_PER_READ)]
-        return [self._pool.submit(self._reader.read, chunk) for chunk in chunks]
+        self._read_ahead.close()
 
     def _take(
         self, waiting: deque[tuple[Share, list[Future[list[Sample | Damage]]]]], handed_over: deque[Share]
