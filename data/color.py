@@ -6,7 +6,7 @@ act on all channels alike. What depends on the order is only what gets clipped o
 """
 
 import math
-from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from data.views import JITTERS, Column
 
 Floats = NDArray[np.float32]
+Parameters = dict[str, NDArray[Any]]
+
+CHANNELS = ("red", "green", "blue")
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of R, G and B in the luma (ITU-R BT.601)."""
@@ -29,27 +32,6 @@ TRUNCATION = 0.49
 _REACH = 3.0
 
 
-class Fused(IntEnum):
-    """Where the numbers of `fused_parameters` are.
-
-    A tone is four numbers: x -> brightness (center mean + contrast (x - center mean)) + shift, the mean being that of
-    the view's luma before any jitter. Two tones come before the mixing of colors, two after it; a shift of 0 means
-    that there is nothing to do.
-    """
-
-    TONES = 0
-    WEIGHTS = 16  # of the luma, 3 numbers
-    MATRIX = 19  # of the mixing, 3x3, row by row
-
-
-class Exact(IntEnum):
-    """Where the numbers of `exact_parameters` are. Behind three weights always stands a gray level that is added."""
-
-    LUMA = 0  # 4 numbers
-    SATURATION = 4  # a mixing of colors, 3x4, row by row
-    STEPS = 16  # which of `EXACT_STEPS` are taken, 0 or 1
-
-
 _B, _C, _S, _H = JITTERS
 
 EXACT_STEPS = (_B, _C, _B, _S, _B, _C, _B, _H, _B, _C, _B, _S, _B, _C, _B)
@@ -59,10 +41,25 @@ The graph holds each as often as it stands here, so that the cheapest stands her
 """
 
 
-def fused_parameters(rows: Floats) -> Floats:
-    """Return, for parameter rows [n, len(Column)], what the fused jitter takes: [n, 28] as told by `Fused`."""
-    weights = np.broadcast_to(LUMA, (len(rows), 3))
-    return np.hstack([_tones(rows).reshape(-1, 16), weights, _mixing(rows)]).astype(np.float32)
+TONE = ("brightness", "contrast", "center", "shift")
+"""The numbers of a tone: x -> brightness (center mean + contrast (x - center mean)) + shift, in gray levels."""
+
+
+def fused_parameters(rows: Floats) -> Parameters:
+    """Return what the fused jitter takes of parameter rows [n, len(Column)].
+
+    colored: [n], 0 where there is nothing to do. "brightness 0" and so on: [n], the numbers of four tones, of which
+    two come before the mixing of colors and two after it; their mean is that of the view's luma before any jitter; a
+    shift of 0 means that there is nothing to do. luma, red, green, blue: weights [n, 3] of what the mean is of, and
+    of the mixed channels.
+    """
+    tones, mixing = _tones(rows), _mixing(rows)
+    return {
+        "colored": rows[:, Column.JITTER] + rows[:, Column.GRAYSCALE],
+        **{f"{name} {k}": tones[:, k, place] for k in range(4) for place, name in enumerate(TONE)},
+        "luma": np.broadcast_to(LUMA, (len(rows), 3)),
+        **{name: mixing[:, channel] for channel, name in enumerate(CHANNELS)},
+    }
 
 
 def _tones(rows: Floats) -> NDArray[np.float64]:
@@ -94,7 +91,7 @@ def positions(rows: Floats) -> NDArray[np.int64]:
 
 
 def _mixing(rows: Floats) -> NDArray[np.float64]:
-    """Return matrices [n, 9] that saturate, turn the hue (in YIQ) and take to gray.
+    """Return matrices [n, 3, 3] that saturate, turn the hue (in YIQ) and take to gray.
 
     The rows of a matrix that takes to gray are equal to the last bit, so that no trace of color is left.
     """
@@ -106,20 +103,32 @@ def _mixing(rows: Floats) -> NDArray[np.float64]:
     chroma[:, 1, 2] = saturation * np.sin(angle)
     chroma[:, 2, 1] = -chroma[:, 1, 2]
     gray = rows[:, Column.GRAYSCALE, None, None] > 0
-    return np.where(gray, LUMA, np.linalg.inv(_TO_YIQ) @ chroma @ _TO_YIQ).reshape(-1, 9)
+    return np.where(gray, LUMA, np.linalg.inv(_TO_YIQ) @ chroma @ _TO_YIQ)
 
 
-def exact_parameters(rows: Floats) -> Floats:
-    """Return, for parameter rows [n, len(Column)], what the exact jitter takes: [n, 31] as told by `Exact`.
+def exact_parameters(rows: Floats, passes: int) -> Parameters:
+    """Return what the exact jitter takes of parameter rows [n, len(Column)], which turns the hue in so many passes.
 
-    torchvision's saturation blends with the truncated luma and truncates the result.
+    "step 0" and so on: [n], which of `EXACT_STEPS` are taken, 0 or 1. brightness, contrast: [n], factors. luma: [n, 4],
+    three weights and a gray level that is added; red, green, blue: the same, of a view whose saturation is changed.
+    sixths: [n], what each pass turns the hue by, in sixths of a turn, to the side that ``backwards`` says, 0 or 1.
+    grayscale: [n], 0 or 1.
     """
-    luma = np.broadcast_to((*TORCHVISION_LUMA, -0.5), (len(rows), 4))
     factor = rows[:, Column.SATURATION, None, None].astype(float)
-    matrix = factor * np.eye(3) + (1 - factor) * np.array(TORCHVISION_LUMA)
+    # torchvision's saturation blends with the truncated luma and truncates the result.
+    saturated = factor * np.eye(3) + (1 - factor) * np.array(TORCHVISION_LUMA)
     offset = np.broadcast_to(-TRUNCATION - 0.5 * (1 - factor), (len(rows), 3, 1))
-    saturation = np.concatenate([matrix, offset], axis=2).reshape(-1, 12)
-    return np.hstack([luma, saturation, _steps(rows)]).astype(np.float32)
+    mixing, steps = np.concatenate([saturated, offset], axis=2), _steps(rows)
+    return {
+        **{f"step {number}": steps[:, number] for number in range(len(EXACT_STEPS))},
+        "brightness": rows[:, Column.BRIGHTNESS],
+        "contrast": rows[:, Column.CONTRAST],
+        "luma": np.broadcast_to((*TORCHVISION_LUMA, -0.5), (len(rows), 4)),
+        **{name: mixing[:, channel] for channel, name in enumerate(CHANNELS)},
+        "sixths": np.abs(rows[:, Column.HUE]) / (60 * max(1, passes)),
+        "backwards": rows[:, Column.HUE] < 0,
+        "grayscale": rows[:, Column.GRAYSCALE],
+    }
 
 
 def _steps(rows: Floats) -> NDArray[np.bool_]:

@@ -7,15 +7,18 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import nvidia.dali.math as dm
 from nvidia.dali import fn
 
-from data.color import EXACT_STEPS, TRUNCATION, Exact, Fused
+from data.color import CHANNELS, EXACT_STEPS, TONE, TRUNCATION
 from data.dali.pixels import Pixels, beside
 from data.views import JITTERS, Column, ViewSpec
+
+Numbers = Mapping[str, Any]
+"""Parameters of a view in the graph, by name."""
 
 
 def change_where(on: Any, view: Any, change: Callable[[Any], Any]) -> Any:
@@ -28,79 +31,78 @@ def change_where(on: Any, view: Any, change: Callable[[Any], Any]) -> Any:
     return out
 
 
-def fused(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
-    """Jitter and take to gray. ``parameters``: those of `data.color.Fused`."""
-    on = row[Column.JITTER] + row[Column.GRAYSCALE] > 0
-    return change_where(on, view, lambda some: _tones_and_mixing(some, parameters, pixels))
+def fused(view: Any, numbers: Numbers, spec: ViewSpec, pixels: Pixels) -> Any:
+    """Jitter and take to gray. ``numbers``: those of `data.color.fused_parameters`."""
+    return change_where(numbers["colored"], view, lambda some: _tones_and_mixing(some, numbers, pixels))
 
 
-def _tones_and_mixing(view: Any, parameters: Any, pixels: Pixels) -> Any:
-    mean = fn.reductions.mean(pixels.luma(view, parameters[Fused.WEIGHTS : Fused.MATRIX]))
+def _tones_and_mixing(view: Any, numbers: Numbers, pixels: Pixels) -> Any:
+    mean = fn.reductions.mean(pixels.luma(view, numbers["luma"]))
     for k in range(2):
-        view = _tone(view, parameters, k, mean, pixels)
-    view = pixels.mix(view, parameters[Fused.MATRIX :])
+        view = _tone(view, numbers, k, mean, pixels)
+    view = pixels.mix(view, [numbers[name] for name in CHANNELS])
     for k in range(2, 4):
-        view = _tone(view, parameters, k, mean, pixels)
+        view = _tone(view, numbers, k, mean, pixels)
     return view
 
 
-def _tone(view: Any, parameters: Any, number: int, mean: Any, pixels: Pixels) -> Any:
-    brightness, contrast, center, shift = (parameters[Fused.TONES + 4 * number + k] for k in range(4))
+def _tone(view: Any, numbers: Numbers, number: int, mean: Any, pixels: Pixels) -> Any:
+    brightness, contrast, center, shift = (numbers[f"{name} {number}"] for name in TONE)
     middle = mean * beside(mean, center)
-    return change_where(shift < 0, view, lambda some: pixels.tone(some, brightness, contrast, middle, shift))
+    return change_where(shift, view, lambda some: pixels.tone(some, brightness, contrast, middle, shift))
 
 
-def exact(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
-    """Jitter op by op and take to gray. ``parameters``: those of `data.color.Exact`."""
+def exact(view: Any, numbers: Numbers, spec: ViewSpec, pixels: Pixels) -> Any:
+    """Jitter op by op and take to gray. ``numbers``: those of `data.color.exact_parameters`."""
     if spec.jitter_probability > 0:
-        view = _in_order(view, row, parameters, spec, pixels)
+        view = _in_order(view, numbers, spec, pixels)
     if spec.grayscale > 0:
-        view = change_where(row[Column.GRAYSCALE], view, lambda some: _gray(some, parameters, pixels))
+        view = change_where(numbers["grayscale"], view, lambda some: _gray(some, numbers, pixels))
     return view
 
 
-def _in_order(view: Any, row: Any, parameters: Any, spec: ViewSpec, pixels: Pixels) -> Any:
+def _in_order(view: Any, numbers: Numbers, spec: ViewSpec, pixels: Pixels) -> Any:
     changes = {
-        Column.BRIGHTNESS: lambda some: _brightness(some, row, pixels),
-        Column.CONTRAST: lambda some: _contrast(some, row, parameters, pixels),
-        Column.SATURATION: lambda some: _saturation(some, parameters, pixels),
-        Column.HUE: lambda some: _hue(some, row, spec, pixels),
+        Column.BRIGHTNESS: lambda some: _brightness(some, numbers, pixels),
+        Column.CONTRAST: lambda some: _contrast(some, numbers, pixels),
+        Column.SATURATION: lambda some: _saturation(some, numbers, pixels),
+        Column.HUE: lambda some: _hue(some, numbers, hue_passes(spec), pixels),
     }
     for number, column in enumerate(EXACT_STEPS):
         if spec.jitter[JITTERS.index(column)] > 0:
-            view = change_where(parameters[Exact.STEPS + number], view, changes[column])
+            view = change_where(numbers[f"step {number}"], view, changes[column])
     return view
 
 
-def _brightness(view: Any, row: Any, pixels: Pixels) -> Any:
-    return pixels.tone(view, row[Column.BRIGHTNESS], 1.0, 0.0, shift=-TRUNCATION)
+def _brightness(view: Any, numbers: Numbers, pixels: Pixels) -> Any:
+    return pixels.tone(view, numbers["brightness"], 1.0, 0.0, shift=-TRUNCATION)
 
 
-def _contrast(view: Any, row: Any, parameters: Any, pixels: Pixels) -> Any:
-    mean = fn.reductions.mean(_truncated_luma(view, parameters, pixels))
-    return pixels.tone(view, 1.0, row[Column.CONTRAST], mean, shift=-TRUNCATION)
+def _contrast(view: Any, numbers: Numbers, pixels: Pixels) -> Any:
+    mean = fn.reductions.mean(pixels.luma(view, numbers["luma"], shifted=True))
+    return pixels.tone(view, 1.0, numbers["contrast"], mean, shift=-TRUNCATION)
 
 
-def _saturation(view: Any, parameters: Any, pixels: Pixels) -> Any:
-    return pixels.mix(view, parameters[Exact.SATURATION : Exact.STEPS], shifted=True)
+def _saturation(view: Any, numbers: Numbers, pixels: Pixels) -> Any:
+    return pixels.mix(view, [numbers[name] for name in CHANNELS], shifted=True)
 
 
-def _gray(view: Any, parameters: Any, pixels: Pixels) -> Any:
-    return pixels.join([_truncated_luma(view, parameters, pixels)] * 3)
+def _gray(view: Any, numbers: Numbers, pixels: Pixels) -> Any:
+    return pixels.join([pixels.luma(view, numbers["luma"], shifted=True)] * 3)
 
 
-def _truncated_luma(view: Any, parameters: Any, pixels: Pixels) -> Any:
-    return pixels.luma(view, parameters[Exact.LUMA : Exact.SATURATION], shifted=True)
+def hue_passes(spec: ViewSpec) -> int:
+    """Return in how many passes of a sixth of a turn at most the exact hue is turned."""
+    return math.ceil(6 * spec.jitter[3])
 
 
-def _hue(view: Any, row: Any, spec: ViewSpec, pixels: Pixels) -> Any:
-    """Turn the hue of HSV, by a sixth of a turn at most in each pass."""
-    passes = math.ceil(6 * spec.jitter[3])
-    sixths = row[Column.HUE] * (1 / (60.0 * passes))
-    levels = _reversed_where(sixths < 0, pixels.channels(view))
+def _hue(view: Any, numbers: Numbers, passes: int, pixels: Pixels) -> Any:
+    """Turn the hue of HSV."""
+    sixths, backwards = numbers["sixths"], numbers["backwards"]
+    levels = _reversed_where(backwards, pixels.channels(view))
     for _ in range(passes):
-        levels = _turned(levels, dm.abs(sixths), pixels)
-    return pixels.join(_reversed_where(sixths < 0, levels))
+        levels = _turned(levels, sixths, pixels)
+    return pixels.join(_reversed_where(backwards, levels))
 
 
 def _reversed_where(on: Any, channels: list[Any]) -> list[Any]:
@@ -121,15 +123,20 @@ def _turned(levels: list[Any], sixths: Any, pixels: Pixels) -> list[Any]:
     above V - e, to m at most. This is the turn of HSV, without divisions and without knowing the hue: where a channel
     could do both, it is at V or at m already.
     """
+    pack, unpack = pixels.pack, pixels.unpack
     red, green, blue = levels
     high = dm.max(dm.max(red, green), blue)
     low = dm.min(dm.min(red, green), blue)
-    step = pixels.tone(high - low, sixths, 1.0, 0.0)
-    rising, falling = low + step, high - step
+    largest, smallest = pack(high), pack(low)
+    step = pack(pixels.tone(unpack(largest - smallest), sixths, 1.0, 0.0))
+    rising, falling = unpack(smallest + step), unpack(largest - step)
 
     def turned(level: Any, following: Any) -> Any:
-        rise = dm.min(dm.max(rising, following) - following, high - level)
-        fall = dm.min(dm.max(following, falling) - falling, level - low)
-        return level + rise - fall
+        own, other = pack(level), pack(following)
+        above = unpack(pack(dm.max(rising, following)) - other)
+        below = unpack(other - pack(dm.min(falling, following)))
+        rise = dm.min(above, unpack(largest - own))
+        fall = dm.min(below, unpack(own - smallest))
+        return unpack(own + pack(rise) - pack(fall))
 
     return [turned(red, green), turned(green, blue), turned(blue, red)]

@@ -12,8 +12,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from data.dali.view import input_names, make_view, view_inputs
-from data.views import ViewSpec
+from data.dali.view import make_view, view_inputs
+from data.views import ViewSpec, draw
 
 COLORS = ("fused", "exact")
 """The ways to change colors; see `data.dali.jitter`."""
@@ -117,23 +117,25 @@ def build_graph(
     assert color in COLORS, color
     on_gpu = device.type == "cuda"
 
-    names = [input_names(spec, on_gpu) for spec in specs]
+    # What a view takes, by the example of one sample.
+    examples = [view_inputs(spec, _example_row(spec), color, on_gpu) for spec in specs]
 
     def feed() -> tuple[Any, ...]:
         batch = source()
         pairs = zip(specs, batch.rows, strict=True)
-        views = [each for spec, rows in pairs for each in view_inputs(spec, rows, color, on_gpu)]
+        views = [each for spec, rows in pairs for each in view_inputs(spec, rows, color, on_gpu).values()]
         return (batch.images, *views, batch.tags)
 
     def graph() -> tuple[Any, ...]:
-        dtypes = [types.UINT8, *[types.FLOAT] * sum(map(len, names)), types.INT64]
+        first = [np.asarray(each[0]) for example in examples for each in example.values()]
+        dtypes = [types.UINT8, *[types.to_dali_type(each.dtype) for each in first], types.INT64]
         encoded, *numbers, tags = fn.external_source(
-            source=feed, num_outputs=len(dtypes), dtype=dtypes, ndim=[1] * len(dtypes), batch=True
+            source=feed, num_outputs=len(dtypes), dtype=dtypes, ndim=[1, *[each.ndim for each in first], 1], batch=True
         )
         image = decode(encoded, on_gpu, decoding)
         views = []
         for k in range(len(specs)):
-            inputs = {name: numbers.pop(0) for name in names[k]}
+            inputs = {name: numbers.pop(0) for name in examples[k]}
             views.append(make_view(image, inputs, specs[k], color))
         # An operator whose output nobody asks for does not run: without views, ask for a pixel.
         return (*views, tags) if views else (tags, fn.slice(image, start=(0, 0), shape=(1, 1), axes=(0, 1)))
@@ -148,6 +150,11 @@ def build_graph(
         enable_conditionals=True,
     )
     return define()
+
+
+def _example_row(spec: ViewSpec) -> NDArray[np.float32]:
+    side, zero = np.array([spec.size]), np.array([0])
+    return draw(spec, seed=0, epoch=zero, sample=zero, view=0, heights=side, widths=side)
 
 
 def decode(encoded: Any, on_gpu: bool, decoding: Decoding) -> Any:

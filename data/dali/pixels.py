@@ -13,6 +13,7 @@ from nvidia.dali import fn, types
 from data.color import TRUNCATION
 
 _LEVELS = 255.0
+_PACKED_FROM = 128  # pixels of a side
 
 
 class Pixels(Protocol):
@@ -30,12 +31,20 @@ class Pixels(Protocol):
         """Undo `channels`."""
         ...
 
+    def pack(self, channel: Any) -> Any:
+        """Return a channel for sums and differences, whose results have to be levels, 0 to 255, themselves."""
+        ...
+
+    def unpack(self, packed: Any) -> Any:
+        """Undo `pack`."""
+        ...
+
     def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: Any = 0.0) -> Any:
         """Return shift + brightness (center + contrast (view - center)), all in gray levels."""
         ...
 
-    def mix(self, view: Any, matrix: Any, shifted: bool = False) -> Any:
-        """Make each channel a weighted sum of all: 9 numbers, or 12 with a gray level that is added behind each 3."""
+    def mix(self, view: Any, weights: list[Any], shifted: bool = False) -> Any:
+        """Make each channel a weighted sum of all: for each 3 numbers, or 4 with a gray level that is added."""
         ...
 
     def luma(self, view: Any, weights: Any, shifted: bool = False) -> Any:
@@ -65,6 +74,8 @@ class PlanarPixels:
     def __init__(self, size: int) -> None:
         self._size = size
         self._ones = np.ones((1, size, size), np.uint8)
+        # Of a smaller plane, the operators around it cost more than is saved.
+        self._packs = size >= _PACKED_FROM and size * size % 8 == 0
 
     def arrange(self, view: Any) -> Any:
         return fn.transpose(view, perm=[2, 0, 1])
@@ -74,6 +85,14 @@ class PlanarPixels:
 
     def join(self, channels: list[Any]) -> Any:
         return fn.reshape(fn.cat(*channels, axis=0), layout="CHW")
+
+    def pack(self, channel: Any) -> Any:
+        # DALI adds a number of eight bytes as fast as one of one. Levels that stay levels carry nothing over.
+        return fn.reinterpret(channel, dtype=types.UINT64, shape=[1, -1]) if self._packs else channel
+
+    def unpack(self, packed: Any) -> Any:
+        shape = [1, self._size, self._size]
+        return fn.reinterpret(packed, dtype=types.UINT8, shape=shape) if self._packs else packed
 
     def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: Any = 0.0) -> Any:
         # The operator insists on channels that come last, though it treats all numbers alike.
@@ -86,9 +105,9 @@ class PlanarPixels:
         )
         return fn.reshape(changed, layout="CHW")
 
-    def mix(self, view: Any, matrix: Any, shifted: bool = False) -> Any:
-        planes, length = self._as_rows(view, shifted), _numbers_per_channel(shifted)
-        rows = [_correlate(planes, matrix[k * length : (k + 1) * length]) for k in range(3)]
+    def mix(self, view: Any, weights: list[Any], shifted: bool = False) -> Any:
+        planes = self._as_rows(view, shifted)
+        rows = [_correlate(planes, each) for each in weights]
         return fn.reshape(fn.cat(*rows, axis=0), shape=[3, self._size, self._size], layout="CHW")
 
     def luma(self, view: Any, weights: Any, shifted: bool = False) -> Any:
@@ -123,10 +142,6 @@ def _correlate(rows: Any, weights: Any) -> Any:
     return fn.filter(rows, fn.expand_dims(weights, axes=[1]), mode="valid")
 
 
-def _numbers_per_channel(shifted: bool) -> int:
-    return 4 if shifted else 3
-
-
 class InterleavedPixels:
     """Views as they come, [S, S, 3], on the GPU; the CPU can do all of this too, only slower."""
 
@@ -139,16 +154,24 @@ class InterleavedPixels:
     def join(self, channels: list[Any]) -> Any:
         return fn.cat(*channels, axis=2)
 
+    def pack(self, channel: Any) -> Any:
+        return channel
+
+    def unpack(self, packed: Any) -> Any:
+        return packed
+
     def tone(self, view: Any, brightness: Any, contrast: Any, center: Any, shift: Any = 0.0) -> Any:
         # A center made of pixels is on the GPU: as an argument of an operator it would have to come to the CPU first.
         brightness, contrast, shift = (beside(view, each) for each in (brightness, contrast, shift))
         return fn.cast(brightness * (center + contrast * (view - center)) + shift, dtype=types.UINT8)
 
-    def mix(self, view: Any, matrix: Any, shifted: bool = False) -> Any:
-        return self._transform(view, matrix, 3, shifted)
+    def mix(self, view: Any, weights: list[Any], shifted: bool = False) -> Any:
+        # Matrix and offset as one argument, or the matrix alone.
+        matrix = {"MT" if shifted else "M": fn.stack(*weights)}
+        return fn.coord_transform(view, dtype=types.UINT8, **matrix)
 
     def luma(self, view: Any, weights: Any, shifted: bool = False) -> Any:
-        return self._transform(view, weights, 1, shifted)
+        return self.mix(view, [weights], shifted)
 
     def blur(self, view: Any, kernel: Any, sigma: Any) -> Any:
         return fn.gaussian_blur(view, sigma=sigma)
@@ -163,10 +186,6 @@ class InterleavedPixels:
 
     def equalize(self, view: Any) -> Any:
         return fn.equalize(view)
-
-    def _transform(self, view: Any, numbers: Any, channels: int, shifted: bool) -> Any:
-        matrix = fn.reshape(numbers, shape=[channels, _numbers_per_channel(shifted)])
-        return fn.coord_transform(view, dtype=types.UINT8, **{"MT" if shifted else "M": matrix})
 
 
 def _warped(channel: Any, matrix: Any, fill: int) -> Any:

@@ -106,7 +106,7 @@ def _layer(view: Any, layer: Any, pixels: Pixels) -> Any:
         Operator.POSTERIZE: lambda some: some & beside(some, fn.cast(amount, dtype=types.UINT8)),
         Operator.SOLARIZE: lambda some: _where(some < beside(some, amount), some, _inverted(some)),
         Operator.SOLARIZE_ADD: lambda some: _where(some < 128.0, _raised(some, amount), some),
-        Operator.COLOR: lambda some: pixels.mix(some, matrix, shifted=True),
+        Operator.COLOR: lambda some: pixels.mix(some, [matrix[4 * k : 4 * k + 4] for k in range(3)], shifted=True),
         Operator.CONTRAST: lambda some: _contrast(some, amount, offset, matrix[:3], pixels),
         Operator.BRIGHTNESS: lambda some: pixels.tone(some, amount, 1.0, 0.0, shift=offset),
         Operator.SHARPNESS: lambda some: pixels.filter(some, fn.reshape(matrix[:9], shape=[3, 3]), offset),

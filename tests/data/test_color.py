@@ -7,7 +7,17 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from data.color import EXACT_STEPS, LUMA, Exact, Fused, blur_kernels, exact_parameters, fused_parameters, positions
+from data.color import (
+    CHANNELS,
+    EXACT_STEPS,
+    LUMA,
+    TONE,
+    Parameters,
+    blur_kernels,
+    exact_parameters,
+    fused_parameters,
+    positions,
+)
 from data.views import JITTERS, Column, ViewSpec, draw
 
 ORDERS = list(itertools.permutations(JITTERS))
@@ -39,16 +49,32 @@ def jittered(pixels: NDArray[np.float64], row: NDArray[np.float32]) -> NDArray[n
     return pixels
 
 
+def tones(parameters: Parameters) -> NDArray[np.float64]:
+    """Return the four tones of each row, [n, 4, len(TONE)]."""
+    return np.stack([[parameters[f"{name} {k}"] for name in TONE] for k in range(4)]).transpose(2, 0, 1)
+
+
+def mixing(parameters: Parameters) -> NDArray[np.float64]:
+    """Return the weights of each row, [n, 3, 3], or [n, 3, 4] with the levels that are added."""
+    return np.stack([parameters[name] for name in CHANNELS], axis=1)
+
+
+def steps(parameters: Parameters) -> list[list[Column]]:
+    """Return the steps that each row takes."""
+    taken = np.stack([parameters[f"step {number}"] for number in range(len(EXACT_STEPS))], axis=1)
+    return [[step for step, on in zip(EXACT_STEPS, row, strict=True) if on] for row in taken]
+
+
 def test_fused_parameters_are_the_whole_jitter_in_any_order() -> None:
     drawn = rows(grayscale=0.3)
     assert len(np.unique(drawn[:, Column.FIRST :], axis=0)) == 24
     pixels = np.random.default_rng(0).uniform(0, 255, (50, 3))
-    for row, numbers in zip(drawn, fused_parameters(drawn).astype(float), strict=True):
-        mean, ours = (pixels @ numbers[Fused.WEIGHTS : Fused.MATRIX]).mean(), pixels
-        tones = numbers[Fused.TONES : Fused.WEIGHTS].reshape(4, 4)
-        for number, (brightness, contrast, center, _) in enumerate(tones):
+    found = fused_parameters(drawn)
+    for row, luma, matrix, changes in zip(drawn, found["luma"], mixing(found), tones(found), strict=True):
+        mean, ours = (pixels @ luma).mean(), pixels
+        for number, (brightness, contrast, center, _) in enumerate(changes):
             if number == 2:
-                ours = ours @ numbers[Fused.MATRIX :].reshape(3, 3).T
+                ours = ours @ matrix.T
             ours = brightness * (center * mean + contrast * (ours - center * mean))
         theirs = jittered(pixels, row)
         if row[Column.GRAYSCALE]:
@@ -60,19 +86,19 @@ def test_fused_parameters_are_the_whole_jitter_in_any_order() -> None:
 def test_brightness_and_contrast_keep_their_place_around_the_hue(order: tuple[Column, ...]) -> None:
     row = rows(1)
     row[:, Column.FIRST :] = order
-    tones = fused_parameters(row)[0, Fused.TONES : Fused.WEIGHTS].reshape(4, 4)
-    acting = [number for number in range(4) if tones[number, 3] < 0]
-    kinds = [Column.BRIGHTNESS if tones[number, 0] != 1 else Column.CONTRAST for number in acting]
+    (found,) = tones(fused_parameters(row))
+    acting = [number for number in range(4) if found[number, 3] < 0]
+    kinds = [Column.BRIGHTNESS if found[number, 0] != 1 else Column.CONTRAST for number in acting]
     kept = [column for column in order if column != Column.SATURATION]
     assert kinds == [column for column in kept if column != Column.HUE]
     assert sum(number < 2 for number in acting) == kept.index(Column.HUE)
 
 
 def test_every_operator_takes_its_truncation_off_once() -> None:
-    shifts = fused_parameters(rows())[:, Fused.TONES + 3 : Fused.WEIGHTS : 4]
+    shifts = tones(fused_parameters(rows()))[:, :, TONE.index("shift")]
     assert np.allclose(shifts.sum(axis=1), -0.49 * 3)  # brightness, contrast, saturation
     still = rows(jitter=(0.0, 0.0, 0.0, 0.0), grayscale=0.0)
-    assert (fused_parameters(still)[:, Fused.TONES + 3 : Fused.WEIGHTS : 4] == 0).all()
+    assert (tones(fused_parameters(still))[:, :, TONE.index("shift")] == 0).all()
 
 
 def test_positions_invert_the_order() -> None:
@@ -83,7 +109,7 @@ def test_positions_invert_the_order() -> None:
 
 def test_exact_saturation_blends_with_the_luma() -> None:
     drawn = rows(20)
-    matrices = exact_parameters(drawn)[:, Exact.SATURATION : Exact.STEPS].reshape(-1, 3, 4)
+    matrices = mixing(exact_parameters(drawn, 1))
     gray, factor = np.array([0.2989, 0.587, 0.114]), drawn[:, Column.SATURATION, None, None]
     assert np.allclose(matrices[..., :3], factor * np.eye(3) + (1 - factor) * gray, atol=1e-6)
     # The luma that is mixed in loses half a level by truncation in the mean, the result not quite half a level.
@@ -95,16 +121,20 @@ def test_every_order_is_found_among_the_exact_steps(order: tuple[Column, ...]) -
     drawn = rows(2)
     drawn[:, Column.FIRST :] = order
     drawn[1, Column.JITTER] = 0
-    taken = exact_parameters(drawn)[:, Exact.STEPS :]
-    assert [step for step, on in zip(EXACT_STEPS, taken[0], strict=True) if on] == list(order)
-    assert not taken[1].any()
+    assert steps(exact_parameters(drawn, 1)) == [list(order), []]
 
 
 def test_each_row_takes_the_steps_of_its_own_order() -> None:
     drawn = rows()
-    for row, numbers in zip(drawn, exact_parameters(drawn), strict=True):
-        taken = [step for step, on in zip(EXACT_STEPS, numbers[Exact.STEPS :], strict=True) if on]
-        assert taken == row[Column.FIRST :].tolist()
+    assert steps(exact_parameters(drawn, 1)) == drawn[:, Column.FIRST :].tolist()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_passes_of_the_exact_hue_add_up(passes: int) -> None:
+    drawn = rows(20)
+    found = exact_parameters(drawn, passes)
+    turned = np.where(found["backwards"], -60.0, 60.0) * passes * found["sixths"]
+    assert np.allclose(turned, drawn[:, Column.HUE], atol=1e-4)
 
 
 def test_kernels_are_gaussians_of_their_sigma() -> None:
