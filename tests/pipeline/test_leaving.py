@@ -227,7 +227,7 @@ def await_listening(process: subprocess.Popen[str]) -> None:
 
 
 def open_files(pid: int) -> set[str]:
-    """Return what a process has open; it goes on meanwhile, so a file may be closed between its name and its reading."""
+    """Return what a process has open, but for what it closes while we look."""
     found = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
