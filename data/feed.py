@@ -78,7 +78,7 @@ class Feed:
         self, waiting: deque[tuple[Share, list[Future[list[Sample | Damage]]]]], handed_over: deque[Share]
     ) -> Encoded:
         share, chunks = waiting.popleft()
-        samples = self._whole(share, [sample for chunk in chunks for sample in chunk.result()])
+        samples = self._whole(share, self._read_ahead.collect(chunks))
         handed_over.append(share)
         return self._encode(share, samples)
 
