@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 _MOST_THREADS = 8
 _SAMPLES_PER_READ = 16
-_WEIGHT = 1 / 16  # of the last read in the moving averages
+_FORGOTTEN = 1 / 16  # of the moving sums, with each read
 _PATIENCE = 0.05  # seconds that somebody waits for a read before others are begun beside it
 
 T = TypeVar("T")
@@ -93,8 +93,8 @@ class ReadAhead(Generic[T]):
 
     def _account(self, took: float, busy: float) -> None:
         with self._lock, suppress(RuntimeError):  # a system that gives no more threads: those there are go on
-            self._took += took - _WEIGHT * self._took
-            self._busy += busy - _WEIGHT * self._busy
+            self._took += took - _FORGOTTEN * self._took
+            self._busy += busy - _FORGOTTEN * self._busy
             self._call_threads()
 
     def _wanted(self) -> int:

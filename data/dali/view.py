@@ -1,6 +1,5 @@
 """One view: from the decoded image and the numbers of `data.views.draw` to the tensor that the model takes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import nvidia.dali.math as dm
 from nvidia.dali import fn, types
 
 from data.color import Floats, blur_kernels, exact_parameters, fused_parameters
-from data.dali.jitter import change_where, exact, fused, hue_passes
+from data.dali.jitter import Numbers, change_where, exact, fused, hue_passes
 from data.dali.pixels import InterleavedPixels, Pixels, PlanarPixels
 from data.dali.randaugment import layer_parameters, randaugment
 from data.views import Column, ViewSpec
@@ -45,7 +44,7 @@ def view_inputs(spec: ViewSpec, rows: Floats, color: str, on_gpu: bool = False) 
     return {name: each if isinstance(each, list) else np.ascontiguousarray(each) for name, each in found.items()}
 
 
-def make_view(image: Any, inputs: Mapping[str, Any], spec: ViewSpec, color: str) -> Any:
+def make_view(image: Any, inputs: Numbers, spec: ViewSpec, color: str) -> Any:
     """Return a view, float32 [3, S, S], on the device of the image. ``inputs``: by the names of `view_inputs`."""
     view = _crop_around(image, inputs, spec) if color == "fused" else _crop(image, inputs, spec)
     pixels: Pixels = InterleavedPixels() if image.device == "gpu" else PlanarPixels(spec.size)
@@ -67,12 +66,12 @@ def _colored(spec: ViewSpec) -> bool:
     return spec.jitter_probability > 0 or spec.grayscale > 0
 
 
-def _crop(image: Any, inputs: Mapping[str, Any], spec: ViewSpec) -> Any:
+def _crop(image: Any, inputs: Numbers, spec: ViewSpec) -> Any:
     """Cut, then resize."""
     return _resize(fn.slice(image, start=inputs["start"], shape=inputs["shape"], axes=(0, 1)), spec)
 
 
-def _crop_around(image: Any, inputs: Mapping[str, Any], spec: ViewSpec) -> Any:
+def _crop_around(image: Any, inputs: Numbers, spec: ViewSpec) -> Any:
     """Resize a region of the image, whose outermost pixels are mixed with those around it: saves a copy."""
     return _resize(image, spec, roi_start=inputs["start"], roi_end=inputs["end"])
 
